@@ -25,7 +25,7 @@ _LAZY = frozenset(
     "config data landscape methods metrics models nn ops studies testing".split()
 )
 
-# Triton kernels live in the top-level folder kernels/, which is installed as landscape_fast/kernels.
+# Triton kernels live in the top-level folder kernels/, installed as landscape_fast/kernels.
 # A checkout has no such sub-folder: there, the checkout itself is a second place to look.
 _package = Path(__file__).resolve().parent
 _checkout = _package.parent
