@@ -1,0 +1,1 @@
+"""Differentiable ops, each with a plain PyTorch reference and fused kernels."""

@@ -1,0 +1,80 @@
+"""The one error style of the ops: `<op>: <argument> must be <rule>; got <value>[; <remedy>]`.
+
+Checks read shapes, dtypes, devices and strides, never values, so they cost no device
+synchronisation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require(ok: bool, op: str, argument: str, rule: str, got, remedy: str | None = None) -> None:
+    """Raises ValueError in the house style unless `ok`."""
+    if not ok:
+        raise ValueError(message(op, argument, rule, got, remedy))
+
+
+def message(op: str, argument: str, rule: str, got, remedy: str | None = None) -> str:
+    """The text of an error, for the exceptions that are not ValueError."""
+    return f"{op}: {argument} must be {rule}; got {got}" + (f"; {remedy}" if remedy else "")
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """torch.float32, torch.float64 -> "float32, float64"."""
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_tensor(
+    op: str,
+    argument: str,
+    value: Tensor,
+    letters: str,
+    sizes: Sequence[int | None],
+    *,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    like: Tensor | None = None,
+    like_name: str = "",
+) -> None:
+    """Type, number of dimensions, sizes, dtype and device of one tensor argument.
+
+    Args:
+        letters: the shape in letters, "M, B, I", for the message.
+        sizes: what each dimension must be; None where any size will do.
+        dtypes: the dtypes it may have, unless `like` is given.
+        like: a tensor whose dtype and device it must share; `like_name` names it in the message.
+
+    Raises:
+        TypeError: if `value` is not a tensor.
+        ValueError: if its shape, dtype or device is not as said.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(message(op, argument, f"a Tensor [{letters}]", type(value).__name__))
+    shape = value.shape
+    ok = len(shape) == len(sizes)
+    if ok:
+        for size, want in zip(shape, sizes, strict=True):
+            ok = ok and (want is None or size == want)
+    if not ok:
+        raise ValueError(message(op, argument, _shape_rule(letters, sizes), list(shape)))
+    if like is None:
+        require(value.dtype in dtypes, op, argument, f"one of {names(dtypes)}", value.dtype)
+        return
+    if value.dtype != like.dtype:
+        rule = f"of the dtype of {like_name}, {names([like.dtype])}"
+        raise ValueError(message(op, argument, rule, names([value.dtype])))
+    if value.device != like.device:
+        rule = f"on the device of {like_name}, {like.device}"
+        raise ValueError(message(op, argument, rule, str(value.device)))
+
+
+def _shape_rule(letters: str, sizes: Sequence[int | None]) -> str:
+    known = [
+        f"{letter} = {size}"
+        for letter, size in zip(letters.split(", "), sizes, strict=True)
+        if size is not None and letter != str(size)
+    ]
+    return f"[{letters}]" + (" with " + ", ".join(known) if known else "")
