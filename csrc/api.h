@@ -1,0 +1,73 @@
+// Every entry point of the compiled module. Torch-free: plain pointers, sizes, strides in elements.
+//
+// CPU functions take the number of threads (torch's) and give the same bits for any of them.
+// CUDA functions only launch: no allocation, no synchronisation; they return a cudaError_t as int,
+// and take a workspace of the size that *_cuda_workspace gives in bytes, 256-byte aligned, with any
+// content. All expect arguments that landscape_fast/ops has checked.
+#pragma once
+
+#include <cstdint>
+
+namespace landscape_fast {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class Divergence : int { js = 0, kl = 1, disagreement = 2 };
+
+// What M members say about N examples of C classes, C >= 1: element (m, n, c) is
+// data[m * stride_m + n * stride_n + c * stride_c].
+struct Logits {
+  const void* data;
+  Dtype dtype;
+  int64_t M, N, C;
+  int64_t stride_m, stride_n, stride_c;
+};
+
+// Labels of M members: [M, N] integers of `itemsize` bytes (1, 2, 4 or 8), strides in elements.
+struct Labels {
+  const void* data;
+  int itemsize;
+  int64_t M, N;
+  int64_t stride_m, stride_n;
+};
+
+// out [M, M]: mean over N of the divergence of members i and j, in nats (or a fraction). NaN where
+// N = 0. JS and KL of a member with a NaN, a +inf or a row of -inf are NaN, also on the diagonal.
+void pairwise_divergence(const Logits& logits, Divergence kind, float* out, int threads);
+
+// out [M, M]: share of the N examples on which members i and j have different labels.
+void pairwise_disagreement(const Labels& labels, float* out, int threads);
+
+// members [4, M]: accuracy, NLL, Brier score, ECE of each member; ensemble [6]: accuracy, NLL, Brier
+// score, ECE of the averaged probabilities, entropy of the averaged probabilities, mutual
+// information. Means over the examples whose target is not ignore_index. Returns the first n with
+// a target that is neither in [0, C) nor ignore_index (outputs are then unspecified), else -1.
+int64_t ensemble_summary(const Logits& logits, const int64_t* targets, int64_t bins,
+                         int64_t ignore_index, float* members, float* ensemble, int threads);
+
+// The SIMD variant that CPU kernels run here: "avx512", "avx2" or "baseline".
+const char* cpu_isa();
+
+#ifdef LSF_WITH_CUDA
+
+int64_t pairwise_divergence_cuda_workspace(int64_t M, int64_t N, int64_t C, Divergence kind);
+int pairwise_divergence_cuda(const Logits& logits, Divergence kind, void* workspace, float* out,
+                             void* stream);
+
+int64_t pairwise_disagreement_cuda_workspace(int64_t M, int64_t N);
+int pairwise_disagreement_cuda(const Labels& labels, void* workspace, float* out, void* stream);
+
+// As on the CPU, except for targets out of range: their number goes to *bad (device memory), and
+// every output that depends on the targets is NaN where it is not 0 (all but entropy and mutual
+// information, which count such an example like any other).
+int64_t ensemble_summary_cuda_workspace(int64_t M, int64_t N, int64_t C, int64_t bins);
+int ensemble_summary_cuda(const Logits& logits, const int64_t* targets, int64_t bins,
+                          int64_t ignore_index, void* workspace, float* members, float* ensemble,
+                          int64_t* bad, void* stream);
+
+int cuda_runtime_version();  // 13000 is 13.0; of the runtime linked in
+int cuda_driver_version();   // 0 without a driver
+const char* cuda_error_string(int error);
+
+#endif
+
+}  // namespace landscape_fast

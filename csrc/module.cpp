@@ -1,0 +1,112 @@
+// The Python module landscape_fast._C: conversion of arguments and nothing else.
+// Pointers arrive as integers (tensor.data_ptr()), enums as theirs (see api.h).
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "api.h"
+
+namespace py = pybind11;
+using namespace landscape_fast;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Logits logits_at(uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t stride_m,
+                 int64_t stride_n, int64_t stride_c) {
+  return {pointer<const void>(data), Dtype(dtype), M, N, C, stride_m, stride_n, stride_c};
+}
+
+Labels labels_at(uintptr_t data, int itemsize, int64_t M, int64_t N, int64_t stride_m,
+                 int64_t stride_n) {
+  return {pointer<const void>(data), itemsize, M, N, stride_m, stride_n};
+}
+
+void cpu_entries(py::module_& m) {
+  m.def("cpu_isa", &cpu_isa);
+  m.def("pairwise_divergence",
+        [](uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm, int64_t sn,
+           int64_t sc, int kind, uintptr_t out, int threads) {
+          py::gil_scoped_release released;
+          pairwise_divergence(logits_at(data, dtype, M, N, C, sm, sn, sc), Divergence(kind),
+                              pointer<float>(out), threads);
+        });
+  m.def("pairwise_disagreement", [](uintptr_t data, int itemsize, int64_t M, int64_t N, int64_t sm,
+                                    int64_t sn, uintptr_t out, int threads) {
+    py::gil_scoped_release released;
+    pairwise_disagreement(labels_at(data, itemsize, M, N, sm, sn), pointer<float>(out), threads);
+  });
+  m.def("ensemble_summary",
+        [](uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm, int64_t sn,
+           int64_t sc, uintptr_t targets, int64_t bins, int64_t ignore_index, uintptr_t members,
+           uintptr_t ensemble, int threads) {
+          py::gil_scoped_release released;
+          return ensemble_summary(logits_at(data, dtype, M, N, C, sm, sn, sc),
+                                  pointer<const int64_t>(targets), bins, ignore_index,
+                                  pointer<float>(members), pointer<float>(ensemble), threads);
+        });
+}
+
+#ifdef LSF_WITH_CUDA
+void raise_on(int error, const char* what) {
+  if (error != 0) {
+    throw std::runtime_error(std::string("landscape_fast: ") + what + ": CUDA error " +
+                             std::to_string(error) + ", " + cuda_error_string(error));
+  }
+}
+
+void cuda_entries(py::module_& m) {
+  m.def("cuda_runtime_version", &cuda_runtime_version);
+  m.def("cuda_driver_version", &cuda_driver_version);
+  m.def("pairwise_divergence_cuda_workspace", [](int64_t M, int64_t N, int64_t C, int kind) {
+    return pairwise_divergence_cuda_workspace(M, N, C, Divergence(kind));
+  });
+  m.def("pairwise_divergence_cuda",
+        [](uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm, int64_t sn,
+           int64_t sc, int kind, uintptr_t workspace, uintptr_t out, uintptr_t stream) {
+          raise_on(pairwise_divergence_cuda(logits_at(data, dtype, M, N, C, sm, sn, sc),
+                                            Divergence(kind), pointer<void>(workspace),
+                                            pointer<float>(out), pointer<void>(stream)),
+                   "pairwise_divergence");
+        });
+  m.def("pairwise_disagreement_cuda_workspace", &pairwise_disagreement_cuda_workspace);
+  m.def("pairwise_disagreement_cuda", [](uintptr_t data, int itemsize, int64_t M, int64_t N,
+                                         int64_t sm, int64_t sn, uintptr_t workspace, uintptr_t out,
+                                         uintptr_t stream) {
+    raise_on(pairwise_disagreement_cuda(labels_at(data, itemsize, M, N, sm, sn),
+                                        pointer<void>(workspace), pointer<float>(out),
+                                        pointer<void>(stream)),
+             "pairwise_disagreement");
+  });
+  m.def("ensemble_summary_cuda_workspace", &ensemble_summary_cuda_workspace);
+  m.def("ensemble_summary_cuda",
+        [](uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm, int64_t sn,
+           int64_t sc, uintptr_t targets, int64_t bins, int64_t ignore_index, uintptr_t workspace,
+           uintptr_t members, uintptr_t ensemble, uintptr_t bad, uintptr_t stream) {
+          raise_on(ensemble_summary_cuda(logits_at(data, dtype, M, N, C, sm, sn, sc),
+                                         pointer<const int64_t>(targets), bins, ignore_index,
+                                         pointer<void>(workspace), pointer<float>(members),
+                                         pointer<float>(ensemble), pointer<int64_t>(bad),
+                                         pointer<void>(stream)),
+                   "ensemble_summary");
+        });
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU and CUDA kernels of landscape_fast; reach it through landscape_fast._extension.";
+  cpu_entries(m);
+#ifdef LSF_WITH_CUDA
+  m.attr("with_cuda") = true;
+  cuda_entries(m);
+#else
+  m.attr("with_cuda") = false;
+#endif
+}
