@@ -31,26 +31,11 @@ def fenced(t: Tensor, pad: int = 64) -> Tensor:
     A kernel that reads outside the tensor, or in the gaps between its strides, is poisoned and
     shows.
     """
-    poison = (
-        float("nan")
-        if t.is_floating_point()
-        else torch.iinfo(t.dtype).max
-        if t.dtype != torch.bool
-        else True
-    )
-    extent = (
-        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    )
-    buffer = torch.full((extent + 2 * pad,), poison, dtype=t.dtype, device=t.device)
-    out = buffer.as_strided(t.shape, t.stride(), pad)
-    if t.numel():
-        shared = [
-            0 if s == 0 and n > 1 else slice(None) for n, s in zip(t.shape, t.stride(), strict=True)
-        ]
-        out[tuple(shared)] = t.detach()[
-            tuple(shared)
-        ]  # an expanded dimension is one element in memory
-    return out
+    if t.is_floating_point():
+        poison = float("nan")
+    else:
+        poison = True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
+    return _restrided(t, t.dtype, pad, poison)
 
 
 def assert_as_exact(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
@@ -151,13 +136,22 @@ def check_op(
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`t` in `dtype` with the strides it had (`Tensor.to` would drop those of an expanded
-    tensor).""" if t is None or not t.is_floating_point():
+    """`t` in `dtype` with the strides it had."""
+    if t is None or not t.is_floating_point():
         return t
-    if t.numel() == 0:
-        return t.detach().to(dtype)
-    shared = tuple(slice(0, 1) if s == 0 else slice(None) for s in t.stride())
-    return t.detach()[shared].to(dtype).expand(t.shape)
+    return _restrided(t, dtype, 0, 0)
+
+
+def _restrided(t: Tensor, dtype: torch.dtype, pad: int, fill) -> Tensor:
+    """A copy of `t` in `dtype` with the same strides, in a buffer that holds `fill` elsewhere."""
+    spans = zip(t.shape, t.stride(), strict=True)
+    extent = 1 + sum((n - 1) * s for n, s in spans) if t.numel() else 0
+    buffer = torch.full((extent + 2 * pad,), fill, dtype=dtype, device=t.device)
+    out = buffer.as_strided(t.shape, t.stride(), pad)
+    # an expanded dimension is one element in memory: write it once
+    once = tuple(slice(0, 1) if s == 0 else slice(None) for s in t.stride())
+    out[once] = t.detach()[once].to(dtype)
+    return out
 
 
 def _sequence(outputs) -> list[Tensor]:

@@ -7,7 +7,7 @@ public function of every op then runs, in this order:
 2. under a functorch transform or forward-mode AD (`transforming`), or when the pick is "torch": the
    reference, in plain PyTorch, which every transform understands;
 3. when an input needs a gradient (`wants_grad`): an ordinary `autograd.Function` around the
-   registered ops, whose backward takes `reference_backward` when its graph is wanted (`wants_graph`);
+   registered ops, whose backward takes `reference_backward` when `wants_graph`;
 4. otherwise the registered op itself.
 """
 
@@ -42,7 +42,7 @@ _picked: dict[tuple, str] = {}
 
 
 def declare(op: str, **backends: tuple[torch.dtype, ...]) -> None:
-    """Names the backends of `op`, best first, with the dtypes each takes. "torch" needs no naming."""
+    """Names the backends of `op`, best first, with their dtypes. "torch" needs no naming."""
     unknown = set(backends) - set(NAMES[1:])
     if unknown:
         raise ValueError(
