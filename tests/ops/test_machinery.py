@@ -190,7 +190,6 @@ def test_the_first_backend_that_can_run_is_picked(toy):
 
 
 def test_a_fallback_on_cuda_warns_once_and_says_why(toy):
-    toy["cpp"] = "it needs cpu tensors"
     with pytest.warns(UserWarning, match="toy runs in plain PyTorch: .*no nvcc.*no compiler"):
         assert _dispatch._pick("toy", "auto", "cuda", torch.float32) == "torch"
     with warnings.catch_warnings():
