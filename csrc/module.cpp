@@ -7,6 +7,10 @@
 
 #include "api.h"
 
+#ifndef LSF_BUILD_INFO  // the build says in JSON how it was made
+#define LSF_BUILD_INFO "{}"
+#endif
+
 namespace py = pybind11;
 using namespace landscape_fast;
 
@@ -102,6 +106,7 @@ void cuda_entries(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU and CUDA kernels of landscape_fast; reach it through landscape_fast._extension.";
+  m.attr("build_info") = LSF_BUILD_INFO;
   cpu_entries(m);
 #ifdef LSF_WITH_CUDA
   m.attr("with_cuda") = true;
