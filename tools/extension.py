@@ -175,7 +175,9 @@ def key_of(step: Step) -> str:
     files = [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in headers]
     files.append((str(step.source), hashlib.sha256(step.source.read_bytes()).hexdigest()))
     env = [os.environ.get(name) for name in COMPILER_ENV]
-    parts = [step.command, step.compiler, pybind11_version(), files, env]
+    # Under build isolation pybind11 has another folder every time: its version stands for it.
+    command = [part for part in step.command if not part.startswith("-isystem")]
+    parts = [command, step.compiler, pybind11_version(), sys.version, files, env]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
