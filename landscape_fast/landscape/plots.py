@@ -1,0 +1,283 @@
+"""Figures of an ensemble. Each function returns a matplotlib Figure and never opens a window.
+
+matplotlib is imported on first use (extra `plot`). Figures are made without pyplot: they need no
+display, belong to no global state, and are freed like any other object.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from landscape_fast.landscape.diversity import (
+    DiversityPoints,
+    lower_limit,
+    off_diagonal_mean,
+    upper_limit,
+)
+from landscape_fast.landscape.reliability import ReliabilityBins
+from landscape_fast.ops._checks import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe-Ito colours, told apart by colour-blind readers; markers say the same without colour.
+COLOURS = {"single": "#757575", "deep": "#0072B2", "batch": "#D55E00"}
+MARKERS = {"single": "*", "deep": "o", "batch": "D"}
+NAMES = {"single": "Single network", "deep": "Deep ensemble", "batch": "BatchEnsemble"}
+_MORE_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STYLE = {
+    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.8, "legend.frameon": False, "savefig.dpi": 150, "figure.dpi": 100,
+}
+_LARGEST_ANNOTATED = 12
+_FEW_ROWS = 10
+_Plot = TypeVar("_Plot", bound=Callable)
+
+
+def _styled(plot: _Plot) -> _Plot:
+    """Runs a plotting function under this module's style, with a clear error without matplotlib."""
+    @functools.wraps(plot)
+    def run(*args, **kwargs):
+        try:
+            import matplotlib
+        except ImportError as error:
+            raise ImportError(f"{plot.__name__}: matplotlib must be installed; got no such module; "
+                              "pip install 'landscape-fast[plot]'") from error
+        with matplotlib.rc_context(_STYLE):
+            return plot(*args, **kwargs)
+
+    return run
+
+
+@_styled
+def heat_maps(matrices: Mapping[str, Mapping[str, Tensor]], title: str = "") -> Figure:
+    """Pairwise disagreement and Jensen-Shannon divergence of every method, one row per method.
+
+    Args:
+        matrices: method to {"disagreement": [M, M] fractions, "js": [M, M] nats}. All maps of one
+            kind share one colour scale, so methods can be compared by eye.
+        title: heading of the figure.
+
+    Returns:
+        A Figure with two maps per row and a colour bar per column; values are written into the
+        cells for M up to 12. The diagonal, always 0, is left grey.
+    """
+    require(len(matrices) >= 1, "heat_maps", "matrices", "of at least one method", "none")
+    kinds = (("disagreement", "Disagreement (% of test rows)", "%", 100.0),
+             ("js", "Jensen–Shannon divergence (10⁻³ nats)", "×10⁻³ nats", 1000.0))
+    members = max(pair["js"].shape[0] for pair in matrices.values())
+    side = max(3.0, min(7.0, 0.6 * members + 0.8))
+    figure = _figure(2 * side + 2.6, (side + 0.5) * len(matrices) + (0.5 if title else 0))
+    axes = figure.subplots(len(matrices), 2, squeeze=False)
+    for column, (kind, name, unit, scale) in enumerate(kinds):
+        values = {m: pair[kind].detach().double().cpu() * scale for m, pair in matrices.items()}
+        top = max(float(value.max()) for value in values.values()) or 1.0
+        for axis, (method, value) in zip(axes[:, column], values.items(), strict=True):
+            image = _heat_map(axis, value, top)
+            axis.set_title(f"{_name(method)}: {_headline(value, unit)}")
+        figure.colorbar(image, ax=axes[:, column], label=name, shrink=0.95, aspect=30)
+    if title:
+        figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+@_styled
+def reliability_diagram(curves: Mapping[str, ReliabilityBins], title: str = "") -> Figure:
+    """Accuracy against confidence of every method, above the number of rows in each bin.
+
+    Args:
+        curves: method to the bins of its (mean) prediction.
+        title: heading of the figure.
+
+    Returns:
+        A Figure with one column per method: bars of accuracy, the gap to the mean confidence,
+        the diagonal of perfect calibration and the ECE; below, counts on a logarithmic scale.
+        Bins of fewer than 10 rows, whose accuracy says little, are pale.
+    """
+    require(len(curves) >= 1, "reliability_diagram", "curves", "of at least one method", "none")
+    figure = _figure(0.8 + 3.3 * len(curves), 5.2 + (0.3 if title else 0))
+    axes = figure.subplots(2, len(curves), squeeze=False, sharex=True, sharey="row",
+                           height_ratios=[3, 1.1])
+    for column, (method, curve) in enumerate(curves.items()):
+        _calibration(axes[0, column], curve, method)
+        _counts(axes[1, column], curve, method)
+        axes[0, column].set_title(f"{_name(method)}   ECE {float(curve.ece):.2%}")
+        axes[1, column].set_xlabel("Confidence (largest probability)")
+    axes[0, 0].set_ylabel("Accuracy (fraction right)")
+    axes[1, 0].set_ylabel("Test rows")
+    from matplotlib.patches import Patch
+
+    figure.legend(
+        handles=[Patch(color="#757575", label=f"accuracy (pale: fewer than {_FEW_ROWS} rows)"),
+                 Patch(facecolor="none", edgecolor="#222222", hatch="/////",
+                       label="gap to mean confidence"), *axes[0, 0].get_lines()],
+        loc="outside lower center", ncols=3, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+@_styled
+def accuracy_diversity(points: Mapping[str, DiversityPoints], classes: int, title: str = "",
+                       limits_of: str | None = None) -> Figure:
+    """Members in the plane of accuracy against normalised disagreement with their base.
+
+    Args:
+        points: method to its members' points, without the base itself.
+        classes: C, for the limits.
+        title: heading of the figure.
+        limits_of: the method whose base the two limits are drawn for; the first one if None.
+
+    Returns:
+        A Figure: one marker per member ("×2" where two coincide), an open star per base at
+        diversity 0, and the upper (independent errors) and lower (replaced labels) limits.
+
+    Source: Fort et al. 2019 (arXiv:1912.02757), figure 6.
+    """
+    require(len(points) >= 1, "accuracy_diversity", "points", "of at least one method", "none")
+    limits_of = next(iter(points)) if limits_of is None else limits_of
+    figure = _figure(7.4, 5.0)
+    axis = figure.subplots()
+    everything = torch.cat([torch.cat([p.accuracy, p.base_accuracy[None]])
+                            for p in points.values()]).double().cpu()
+    low, high = float(everything.min()), float(everything.max())
+    margin = max(0.35 * (high - low), 0.15 * (1 - low), 0.002)
+    left, right = max(0.0, low - margin), min(1.0, high + margin)
+    top = _limits(axis, left, right, float(points[limits_of].base_accuracy), classes)
+    for place, (method, point) in enumerate(points.items()):
+        _members(axis, point, method, _colour(method, place))
+    finite = torch.cat([p.normalised for p in points.values()]).cpu()
+    finite = finite[finite.isfinite()]
+    top = max(top, float(finite.max()) if len(finite) else 0.0)
+    axis.set(xlim=(100 * left, 100 * right), ylim=(-0.04 * top, 1.12 * top),
+             xlabel="Test accuracy of the member (%)",
+             ylabel="Diversity: disagreement with the base / error of the member",
+             title=title or "Accuracy against diversity")
+    axis.grid(True)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, labelspacing=0.9)
+    return figure
+
+
+def _members(axis: Axes, point: DiversityPoints, method: str, colour: str) -> None:
+    places = Counter(zip((100 * point.accuracy).tolist(), point.normalised.tolist(), strict=True))
+    x, y = zip(*places, strict=True) if places else ((), ())
+    axis.scatter(100 * float(point.base_accuracy), 0, s=260, marker="*", facecolors="white",
+                 edgecolors=colour, linewidths=1.6, zorder=3, clip_on=False,
+                 label=f"{_name(method)}: first member (base)")
+    axis.scatter(x, y, s=62, marker=MARKERS.get(method, "s"), color=colour, edgecolors="white",
+                 linewidths=0.9, zorder=4, label=f"{_name(method)}: other members")
+    for (a, d), count in places.items():
+        if count > 1 and math.isfinite(d):
+            axis.annotate(f"×{count}", (a, d), xytext=(7, 5), textcoords="offset points",
+                          color=colour, fontsize=9, fontweight="bold")
+
+
+def _limits(axis: Axes, left: float, right: float, base: float, classes: int) -> float:
+    """Draws both limits over [left, right]; returns the largest value of the upper one."""
+    grid = torch.linspace(left, min(right, 1 - 1e-4), 400, dtype=torch.float64)
+    upper = upper_limit(grid, base, classes) / (1 - grid)
+    near = grid <= base + 0.5 * (right - base)  # beyond, the division by the error runs away
+    axis.plot(100 * grid[near], upper[near], "--", color="#222222", lw=1.3,
+              label=f"upper limit: independent errors\n(base {100 * base:.1f}%)")
+    below = grid[grid <= base]
+    lower = lower_limit(below, base, classes) / (1 - below)
+    axis.plot(100 * below, lower, ":", color="#222222", lw=1.6,
+              label="lower limit: randomly replaced\nlabels of the base")
+    axis.fill_between(100 * below, lower, upper[: len(below)], color="#0072B2", alpha=0.05, lw=0)
+    return float(upper[grid <= base].max())
+
+
+def _heat_map(axis: Axes, value: Tensor, top: float):
+    members = value.shape[0]
+    shown = np.ma.masked_array(value.numpy(), np.eye(members, dtype=bool))
+    axis.set_facecolor("#EDEDED")  # shows where the diagonal is masked
+    image = axis.imshow(shown, cmap="YlGnBu", vmin=0.0, vmax=top)
+    axis.set(xlabel="Member", ylabel="Member")
+    if members <= _LARGEST_ANNOTATED:
+        axis.set_xticks(range(members), [str(m + 1) for m in range(members)])
+        axis.set_yticks(range(members), [str(m + 1) for m in range(members)])
+        for i in range(members):
+            for j in range(members):
+                if i != j:
+                    axis.text(j, i, _number(float(value[i, j])), ha="center", va="center",
+                              color="white" if value[i, j] > 0.55 * top else "#1A1A1A")
+    inner = [m - 0.5 for m in range(1, members)]
+    axis.set_xticks(inner, minor=True)
+    axis.set_yticks(inner, minor=True)
+    axis.grid(True, which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="both", length=0)
+    axis.spines[:].set_visible(False)
+    return image
+
+
+def _headline(value: Tensor, unit: str) -> str:
+    if value.shape[0] < 2:
+        return "one member"
+    mean = _number(float(off_diagonal_mean(value)))
+    return f"mean {mean}{'' if unit == '%' else ' '}{unit}"
+
+
+def _number(value: float) -> str:
+    """Two decimals, or three significant digits where that is more or less."""
+    if value == 0:
+        return "0"
+    if 0.095 <= value < 100:
+        return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    return f"{value:.2g}" if value < 1 else f"{value:.0f}"
+
+
+def _calibration(axis: Axes, curve: ReliabilityBins, method: str) -> None:
+    edges, used = curve.edges.cpu(), (curve.counts > 0).cpu()
+    width = float(edges[1] - edges[0])
+    centre = ((edges[:-1] + edges[1:]) / 2)[used]
+    accuracy, confidence = curve.accuracy.cpu()[used], curve.confidence.cpu()[used]
+    bars = axis.bar(centre, accuracy, 0.92 * width, color=_colour(method, 0))
+    gaps = axis.bar(centre, confidence - accuracy, 0.92 * width, bottom=accuracy, facecolor="none",
+                    edgecolor="#222222", hatch="/////", linewidth=0.8)
+    for bar, gap, count in zip(bars, gaps, curve.counts.cpu()[used], strict=True):
+        if count < _FEW_ROWS:
+            bar.set_alpha(0.25)
+            gap.set_edgecolor("#9A9A9A")
+    axis.plot([0, 1], [0, 1], "--", color="#222222", lw=1.2, label="perfect calibration")
+    axis.set(xlim=(0, 1), ylim=(0, 1.02))
+    axis.grid(True, axis="y")
+
+
+def _counts(axis: Axes, curve: ReliabilityBins, method: str) -> None:
+    edges, counts = curve.edges.cpu(), curve.counts.cpu()
+    width = float(edges[1] - edges[0])
+    centre = (edges[:-1] + edges[1:]) / 2
+    axis.bar(centre, counts, 0.94 * width, color=_colour(method, 0), alpha=0.55)
+    axis.set_yscale("log")
+    axis.set_ylim(0.7, 4.0 * float(counts.max()))
+    for x, count in zip(centre.tolist(), counts.tolist(), strict=True):
+        if count:
+            axis.text(x, count * 1.15, str(count), ha="center", va="bottom", fontsize=7)
+    axis.grid(True, axis="y")
+
+
+def _name(method: str) -> str:
+    return NAMES.get(method, method)
+
+
+def _colour(method: str, place: int) -> str:
+    return COLOURS.get(method, _MORE_COLOURS[place % len(_MORE_COLOURS)])
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

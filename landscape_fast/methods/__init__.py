@@ -1,0 +1,27 @@
+"""How ensembles are trained: deep ensembles and BatchEnsemble, on one resumable loop."""
+
+from landscape_fast.methods.batch import train_batch_ensemble
+from landscape_fast.methods.config import TrainConfig
+from landscape_fast.methods.deep import DeepEnsemble, Trained, train_deep_ensemble
+from landscape_fast.methods.interrupt import TrainingInterrupted
+from landscape_fast.methods.trainer import (
+    fit,
+    gibbs_cross_entropy,
+    make_optimizer,
+    param_groups,
+    predict,
+)
+
+__all__ = [
+    "DeepEnsemble",
+    "TrainConfig",
+    "Trained",
+    "TrainingInterrupted",
+    "fit",
+    "gibbs_cross_entropy",
+    "make_optimizer",
+    "param_groups",
+    "predict",
+    "train_batch_ensemble",
+    "train_deep_ensemble",
+]

@@ -1,0 +1,277 @@
+"""The one training loop of the library, for plain networks and for networks that hold M members."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from landscape_fast.methods.checkpoint import (
+    describe_model,
+    describe_rows,
+    load_checkpoint,
+    save_checkpoint,
+)
+from landscape_fast.methods.config import TrainConfig
+from landscape_fast.methods.interrupt import TrainingInterrupted, deferred_interrupt
+from landscape_fast.methods.progress import Progress
+from landscape_fast.methods.seeds import (
+    epoch_order,
+    isolated_rng,
+    rng_state,
+    set_rng_state,
+    stream_seed,
+)
+from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear
+from landscape_fast.ops._checks import require
+
+History = list[dict[str, Any]]
+
+
+def gibbs_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy (nats) over members and rows: every member learns every row.
+
+    Args:
+        logits: [M, B, C], or [B, C] of a single network.
+        targets: [B] integer classes, the same for all members.
+        label_smoothing: fraction of the target spread over all classes.
+
+    Returns:
+        A 0-dim tensor. It is the mean loss of the members, never the loss of their mean prediction.
+
+    Example:
+        >>> logits = torch.zeros(3, 2, 4)
+        >>> gibbs_cross_entropy(logits, torch.tensor([0, 1]))  # log 4
+        tensor(1.3863)
+    """
+    if logits.ndim == 3:
+        targets = targets.expand(logits.shape[0], -1).flatten()
+        logits = logits.flatten(0, 1)
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, fast_lr_multiplier: float = 1.0
+) -> list[dict[str, Any]]:
+    """Optimiser groups: the shared parameters, and the factors r and s of BatchEnsemble layers.
+
+    The factors get `lr * fast_lr_multiplier` and no weight decay. The multiplier is a learning rate
+    and not a factor of the gradient, which Adam would cancel.
+
+    Source: training recipe of BatchEnsemble (Wen et al. 2020, arXiv:2002.06715).
+    """
+    fast = [
+        factor
+        for module in model.modules()
+        if isinstance(module, BatchEnsembleLinear | BatchEnsembleConv2d)
+        for factor in (module.r, module.s)
+        if factor is not None
+    ]
+    known = {id(factor) for factor in fast}
+    shared = [p for p in model.parameters() if id(p) not in known]
+    groups = [{"params": shared, "lr": lr, "weight_decay": weight_decay}]
+    if fast:
+        groups.append({"params": fast, "lr": lr * fast_lr_multiplier, "weight_decay": 0.0})
+    return groups
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser that `config` names, over the groups of `param_groups`."""
+    groups = param_groups(model, config.lr, config.weight_decay, config.fast_lr_multiplier)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum,
+                               nesterov=config.momentum > 0)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr)
+
+
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    config: TrainConfig,
+    *,
+    stream: int = 0,
+    label: str = "training",
+    identity: dict[str, Any] | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> History:
+    """Trains `model` in place; same arguments, machine and build: same bits, resumed or not.
+
+    Args:
+        model: maps rows [B, ...] to logits [B, C] or [M, B, C]; it stays on its device.
+        x: [N, ...] training rows, moved to the model's device once.
+        y: [N] int64 classes.
+        config: the settings.
+        stream: which of the seed's random streams to use (the member of a deep ensemble).
+        label: what the progress display and the errors call this run.
+        identity: further settings that a run resuming from the checkpoint must share.
+        checkpoint: file written after every epoch and on Ctrl-C; None keeps nothing.
+        resume: continue from `checkpoint` where it exists.
+        progress: show a progress bar, or plain lines where there is no terminal.
+        on_step: called with the number of steps done, after each.
+
+    Returns:
+        One dictionary per epoch: epoch, loss (nats), accuracy (fraction, training rows), lr (of the
+        last step), seconds.
+
+    Raises:
+        TrainingInterrupted: a KeyboardInterrupt; after Ctrl-C, when the checkpoint is written.
+        ValueError: if the rows do not fit together, or the checkpoint belongs to another run.
+        RuntimeError: if the loss stops being finite.
+    """
+    device = next(model.parameters()).device
+    require(x.ndim >= 2 and x.shape[0] >= 1, "fit", "x", "[N, ...] with at least one row",
+            list(x.shape))
+    require(y.shape == x.shape[:1], "fit", "y", f"[N] with N = {x.shape[0]}", list(y.shape))
+    require(y.dtype == torch.int64, "fit", "y", "int64", y.dtype, "call .long()")
+    run = _Run(model, x.to(device), y.to(device), config, stream, label, checkpoint, on_step)
+    run.identity |= identity or {}
+    # cuDNN would otherwise pick among algorithms by timing, some of which use atomics
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True,
+                        allow_tf32=cudnn.allow_tf32)
+    with exact, isolated_rng(stream_seed(config.seed, stream, "noise"), device):
+        if resume and checkpoint is not None and checkpoint.exists():
+            run.restore()
+        run.train(progress)
+    model.eval()
+    return run.history
+
+
+class _Run:
+    """State of one call of `fit`: what a checkpoint holds, and what makes it."""
+
+    def __init__(self, model, x, y, config, stream, label, checkpoint, on_step) -> None:
+        self.model, self.x, self.y, self.config = model, x, y, config
+        self.stream, self.label, self.checkpoint, self.on_step = stream, label, checkpoint, on_step
+        self.device = x.device
+        self.steps_per_epoch = math.ceil(x.shape[0] / config.batch_size)
+        self.optimizer = make_optimizer(model, config)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: config.lr_factor(step, self.steps_per_epoch)
+        )
+        self.identity = {
+            **dataclasses.asdict(config), "stream": stream,
+            "model": describe_model(model), "data": describe_rows(x, y),
+        }
+        self.history: History = []
+        self.step = 0  # of the whole run
+        self.sums = self._zero_sums()
+        self.seconds = 0.0  # of the current epoch
+
+    def _zero_sums(self) -> Tensor:
+        # loss * rows, right answers per member, rows; on the device, so no step waits for it
+        return torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def save(self) -> None:
+        if self.checkpoint is not None:
+            save_checkpoint(self.checkpoint, self.identity, {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "rng": rng_state(self.device),
+                "step": self.step,
+                "sums": self.sums,
+                "seconds": self.seconds,
+                "history": self.history,
+            })
+
+    def restore(self) -> None:
+        state = load_checkpoint(self.checkpoint, self.identity)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        set_rng_state(state["rng"], self.device)
+        self.step, self.sums = state["step"], state["sums"].to(self.device)
+        self.seconds, self.history = state["seconds"], state["history"]
+
+    def train(self, show_progress: bool) -> None:
+        first = self.step // self.steps_per_epoch
+        if first >= self.config.epochs:
+            return
+        progress = Progress(self.label, self.config.epochs,
+                            self.config.epochs * self.steps_per_epoch,
+                            done=self.step, enabled=show_progress)
+        self.model.train()
+        try:
+            with deferred_interrupt() as interrupted:
+                for epoch in range(first, self.config.epochs):
+                    self._epoch(epoch, interrupted, progress)
+                    self.save()
+                    if interrupted.is_set():
+                        raise TrainingInterrupted(self.label, epoch + 1, self.step, self.checkpoint)
+                    progress.epoch(self.history[-1])
+        finally:
+            progress.close()
+
+    def _epoch(self, epoch: int, interrupted: Any, progress: Progress) -> None:
+        began = time.perf_counter() - self.seconds
+        order = epoch_order(self.x.shape[0], self.config.seed, self.stream, epoch).to(self.device)
+        batches = order.split(self.config.batch_size)
+        for index in range(self.step - epoch * self.steps_per_epoch, self.steps_per_epoch):
+            lr = self.optimizer.param_groups[0]["lr"]
+            self._one_step(batches[index])
+            self.step += 1
+            progress.step()
+            if self.on_step is not None:
+                self.on_step(self.step)
+            if interrupted.is_set() and index + 1 < self.steps_per_epoch:
+                self.seconds = time.perf_counter() - began
+                self.save()
+                raise TrainingInterrupted(self.label, epoch + 1, self.step, self.checkpoint)
+        totals = self.sums.tolist()  # waits for the device
+        self.seconds = time.perf_counter() - began
+        self._close_epoch(epoch, lr, *totals)
+
+    def _one_step(self, rows: Tensor) -> None:
+        x, y = self.x[rows], self.y[rows]
+        logits = self.model(x)
+        loss = gibbs_cross_entropy(logits, y, self.config.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        with torch.no_grad():
+            right = (logits.argmax(-1) == y).double().mean()
+            self.sums += torch.stack([loss.double(), right, torch.ones_like(right)]) * len(rows)
+
+    def _close_epoch(self, epoch: int, lr: float, loss: float, right: float, rows: float) -> None:
+        if not math.isfinite(loss):
+            raise RuntimeError(f"fit: the loss must be finite; got {loss} in epoch {epoch + 1} of "
+                               f"{self.label}; lower the learning rate (now {self.config.lr})")
+        self.history.append({"epoch": epoch + 1, "loss": loss / rows, "accuracy": right / rows,
+                             "lr": lr, "seconds": self.seconds})
+        self.sums, self.seconds = self._zero_sums(), 0.0
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, *, batch_size: int = 1000) -> Tensor:
+    """Logits of all members on all rows, in evaluation mode, without gradients.
+
+    Args:
+        model: maps [B, ...] to [B, C] or [M, B, C]; its training mode is left as it was.
+        x: [N, ...] rows, on any device; a batch at a time goes to the model's device.
+        batch_size: rows per forward pass.
+
+    Returns:
+        [M, N, C] on the model's device; M = 1 for a single network.
+    """
+    require(x.shape[0] >= 1, "predict", "x", "[N, ...] with at least one row", list(x.shape))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        parts = [model(rows.to(device)) for rows in x.split(batch_size)]
+    finally:
+        model.train(was_training)
+    parts = [part if part.ndim == 3 else part[None] for part in parts]
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from methods.problem import CONFIG, MEMBERS, batch_ensemble, plain, rows
+from torch import nn
+
+from landscape_fast.methods import (
+    DeepEnsemble,
+    predict,
+    train_batch_ensemble,
+    train_deep_ensemble,
+)
+
+
+def test_a_deep_ensemble_stacks_its_members():
+    members = [plain().eval() for _ in range(MEMBERS)]
+    x, _ = rows()
+    logits = DeepEnsemble(members)(x)
+    for m, member in enumerate(members):
+        assert torch.equal(logits[m], member(x))
+
+
+def test_members_are_independent_and_histories_one_each():
+    x, y = rows()
+    trained = train_deep_ensemble(plain, x, y, CONFIG, members=MEMBERS, progress=False)
+    logits = predict(trained.model, x)
+    assert logits.shape == (MEMBERS, len(x), 3)
+    assert len(trained.histories) == len(trained.seconds) == MEMBERS
+    assert all(len(history) == CONFIG.epochs for history in trained.histories)
+    for i in range(MEMBERS):
+        for j in range(i):
+            assert not torch.allclose(logits[i], logits[j], atol=0.01)
+    assert not any(module.training for module in trained.model.modules())
+
+
+def test_batch_members_share_the_weight_and_learn_their_own_factors():
+    x, y = rows()
+    trained = train_batch_ensemble(batch_ensemble, x, y, CONFIG, progress=False)
+    layer = trained.model[0]
+    assert layer.weight.shape == (8, 2)
+    fresh = batch_ensemble()[0]
+    # factors start as signs; training must have moved every member's
+    assert (layer.r.abs() != 1).any(dim=1).all() and (fresh.r.abs() == 1).all()
+    assert len(trained.histories) == 1
+    assert predict(trained.model, x).shape == (MEMBERS, len(x), 3)
+
+
+@pytest.mark.parametrize("members", [0, -1, 2.0])
+def test_a_deep_ensemble_needs_members(members):
+    with pytest.raises(ValueError, match="train_deep_ensemble: members must be an integer of at "
+                                         f"least 1; got {members}"):
+        train_deep_ensemble(plain, *rows(), CONFIG, members=members, progress=False)
+    with pytest.raises(ValueError, match="DeepEnsemble: members must be at least one network"):
+        DeepEnsemble([])
+
+
+def test_a_plain_network_is_no_batch_ensemble():
+    with pytest.raises(ValueError, match=r"train_batch_ensemble: build must be .*; got output "
+                                         r"\[1, 3\]; give its layers members="):
+        train_batch_ensemble(lambda: nn.Linear(2, 3), *rows(), CONFIG, progress=False)
