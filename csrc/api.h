@@ -64,6 +64,40 @@ int ensemble_summary_cuda(const Logits& logits, const int64_t* targets, int64_t 
                           int64_t ignore_index, void* workspace, float* members, float* ensemble,
                           int64_t* bad, void* stream);
 
+// combine: weights[m, p] = sum_k coeffs[m, part of p, k] * anchors[k, p], sums in float32.
+//
+// One part of the parameters: P >= 1 elements that share their coefficients, contiguous within an
+// anchor and within a model. Offsets count elements from the base pointers of the call.
+struct CombinePart {
+  int64_t P;
+  int64_t anchors, anchors_stride_k;
+  int64_t weights, weights_stride_m;
+  int64_t danchors, danchors_stride_k;  // danchors is -1 where no gradient is wanted
+  int64_t part;                         // its place along L of the coefficients
+};
+
+// coeffs [M, L, K], K <= 12288, strides in elements; stride_l is 0 where all parts share them.
+struct Coeffs {
+  const void* data;
+  Dtype dtype;
+  int64_t M, K;
+  int64_t stride_m, stride_l, stride_k;
+};
+
+// All parts in one launch for each 256 of them; `parts` is host memory that is read during the call.
+int combine_cuda(const CombinePart* parts, int64_t L, Dtype dtype, const Coeffs& coeffs,
+                 const void* anchors, void* weights, void* stream);
+
+// Reads dweights and up to 8 anchors at a time once and writes danchors (null: not wanted) and
+// dcoeffs (null: not wanted): [M, L, K] contiguous in the dtype of coeffs, or [M, K], the sum over
+// the parts, where coeffs.stride_l is 0. Parts that are not listed are left alone. `weights` of a
+// part is where its dweights lie.
+int64_t combine_backward_cuda_workspace(const CombinePart* parts, int64_t L, Dtype dtype, int64_t M,
+                                        int64_t K);
+int combine_backward_cuda(const CombinePart* parts, int64_t L, Dtype dtype, const Coeffs& coeffs,
+                          const void* anchors, const void* dweights, void* workspace,
+                          void* danchors, void* dcoeffs, int64_t dcoeffs_parts, void* stream);
+
 int cuda_runtime_version();  // 13000 is 13.0; of the runtime linked in
 int cuda_driver_version();   // 0 without a driver
 const char* cuda_error_string(int error);

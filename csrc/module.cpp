@@ -1,9 +1,12 @@
 // The Python module landscape_fast._C: conversion of arguments and nothing else.
 // Pointers arrive as integers (tensor.data_ptr()), enums as theirs (see api.h).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "api.h"
 
@@ -100,6 +103,45 @@ void cuda_entries(py::module_& m) {
                    "ensemble_summary");
         });
 }
+
+// One tuple (P, anchors, anchors_stride_k, weights, weights_stride_m, danchors, danchors_stride_k,
+// part) for each part; see CombinePart.
+using Rows = std::vector<std::array<int64_t, 8>>;
+
+const CombinePart* parts_of(const Rows& rows) {
+  static_assert(sizeof(CombinePart) == sizeof(Rows::value_type), "a row is a CombinePart");
+  return reinterpret_cast<const CombinePart*>(rows.data());
+}
+
+void cuda_combine_entries(py::module_& m) {
+  m.def("combine_cuda",
+        [](const Rows& rows, int dtype, uintptr_t coeffs, int coeffs_dtype, int64_t M, int64_t K,
+           int64_t cm, int64_t cl, int64_t ck, uintptr_t anchors, uintptr_t weights,
+           uintptr_t stream) {
+          const Coeffs c{pointer<const void>(coeffs), Dtype(coeffs_dtype), M, K, cm, cl, ck};
+          raise_on(combine_cuda(parts_of(rows), int64_t(rows.size()), Dtype(dtype), c,
+                                pointer<const void>(anchors), pointer<void>(weights),
+                                pointer<void>(stream)),
+                   "combine");
+        });
+  m.def("combine_backward_cuda_workspace", [](const Rows& rows, int dtype, int64_t M, int64_t K) {
+    return combine_backward_cuda_workspace(parts_of(rows), int64_t(rows.size()), Dtype(dtype), M,
+                                           K);
+  });
+  m.def("combine_backward_cuda",
+        [](const Rows& rows, int dtype, uintptr_t coeffs, int coeffs_dtype, int64_t M, int64_t K,
+           int64_t cm, int64_t cl, int64_t ck, uintptr_t anchors, uintptr_t dweights,
+           uintptr_t workspace, uintptr_t danchors, uintptr_t dcoeffs, int64_t dcoeffs_parts,
+           uintptr_t stream) {
+          const Coeffs c{pointer<const void>(coeffs), Dtype(coeffs_dtype), M, K, cm, cl, ck};
+          raise_on(combine_backward_cuda(parts_of(rows), int64_t(rows.size()), Dtype(dtype), c,
+                                         pointer<const void>(anchors),
+                                         pointer<const void>(dweights), pointer<void>(workspace),
+                                         pointer<void>(danchors), pointer<void>(dcoeffs),
+                                         dcoeffs_parts, pointer<void>(stream)),
+                   "combine_backward");
+        });
+}
 #endif
 
 }  // namespace
@@ -111,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef LSF_WITH_CUDA
   m.attr("with_cuda") = true;
   cuda_entries(m);
+  cuda_combine_entries(m);
 #else
   m.attr("with_cuda") = false;
 #endif
