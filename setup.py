@@ -14,6 +14,7 @@ landscape_fast/_build_failure.txt, which `landscape-fast show-config` prints.
 """
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -66,7 +67,8 @@ class BuildExtension(build_ext):
             print(f"\n{bar}\n{self.problem}\n{bar}\n", file=sys.stderr, flush=True)
 
     def _build(self, target, mode, may_lack_cuda):
-        temp = Path(self.build_temp).resolve()
+        # Not self.build_temp, which an editable installation throws away.
+        temp = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         try:
             build = Build(temp, *find_cuda(mode))
             compiled = build.run(target)

@@ -321,6 +321,7 @@ def main(arguments: list) -> int:
         say(str(exc))
         if parent is None:
             return 1
+        python = str(venv_python()) if has_torch(venv_python()) else python
         say(f"going on from the checkout, with {python} as it is")
         run([python, "setup.py", "-q", "build_ext", "--inplace"])
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -50,7 +50,10 @@ COMPILER_ENV += ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"]
 
 @dataclass(frozen=True)
 class Step:
-    """One compiler call: `command` makes `output` from `source`."""
+    """One compiler call, run in ROOT: `command` makes `output` from `source`.
+
+    Sources and include folders are relative, so that objects are good wherever the tree lies.
+    """
 
     source: Path
     output: Path
@@ -99,12 +102,12 @@ class Build:
         """Every compile step; those of nvcc, the longest, first."""
         if not (CSRC / "module.cpp").is_file():
             raise BuildProblem(f"{CSRC / 'module.cpp'} is missing: the sources are incomplete")
-        cxx = [*self.cxx, *self.flags, f"-I{CSRC}", *(f"-isystem{p}" for p in python_includes())]
+        cxx = [*self.cxx, *self.flags, "-Icsrc", *(f"-isystem{p}" for p in python_includes())]
         # json.dumps twice: the text, then the text as a C string literal.
         about = f"-DLSF_BUILD_INFO={json.dumps(json.dumps(self.info()))}"
         steps = []
         for source in cuda_sources() if self.cuda else []:
-            nvcc = [self.cuda.nvcc, *NVCC_FLAGS, *gencode(self.cuda.archs), f"-I{CSRC}"]
+            nvcc = [self.cuda.nvcc, *NVCC_FLAGS, *gencode(self.cuda.archs), "-Icsrc"]
             steps.append(self._step(source, nvcc, self.cuda.version))
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             variants = self.isas.items() if source.stem.endswith("_simd") else [("", [])]
@@ -117,15 +120,20 @@ class Build:
     def _step(self, source: Path, command: list[str], compiler: str, variant: str = "") -> Step:
         name = f"{source.stem}-{variant}.o" if variant else f"{source.stem}.o"
         output = self.temp / source.parent.name / name
-        return Step(source, output, [*command, "-c", str(source), "-o", str(output)], compiler)
+        return Step(source.relative_to(ROOT), output, command, compiler)
 
     def run(self, target: Path) -> int:
         """Brings every object up to date, links `target`, and returns how many were compiled."""
+        import fcntl  # POSIX only, as find_cxx is
+
         steps = self.steps()
-        stale = [step for step in steps if not is_fresh(step)]
-        with ThreadPoolExecutor(jobs()) as pool:
-            list(pool.map(compile_step, stale))
-        self.link([step.output for step in steps], target)
+        self.temp.mkdir(parents=True, exist_ok=True)
+        with open(self.temp / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one tree take turns
+            stale = [step for step in steps if not is_fresh(step)]
+            with ThreadPoolExecutor(jobs()) as pool:
+                list(pool.map(compile_step, stale))
+            self.link([step.output for step in steps], target)
         return len(stale)
 
     def link(self, objects: list[Path], target: Path) -> None:
@@ -172,8 +180,10 @@ def find_cuda(mode: str) -> tuple[Cuda | None, str]:
 def key_of(step: Step) -> str:
     """Changes whenever the object may have to change."""
     headers = sorted(CSRC.rglob("*.h"))
-    files = [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in headers]
-    files.append((str(step.source), hashlib.sha256(step.source.read_bytes()).hexdigest()))
+    files = [
+        (path.relative_to(ROOT).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in (ROOT / step.source, *headers)
+    ]
     env = [os.environ.get(name) for name in COMPILER_ENV]
     # Under build isolation pybind11 has another folder every time: its version stands for it.
     command = [part for part in step.command if not part.startswith("-isystem")]
@@ -197,9 +207,9 @@ def compile_step(step: Step) -> None:
     key = step.output.with_suffix(".key")
     key.unlink(missing_ok=True)
     wanted = key_of(step)
-    print(f"landscape_fast: {step.output.name} from {step.source.relative_to(ROOT)}", flush=True)
+    print(f"landscape_fast: {step.output.name} from {step.source}\n", end="", flush=True)
     try:
-        text = output_of(step.command)
+        text = output_of([*step.command, "-c", str(step.source), "-o", str(step.output)], cwd=ROOT)
     except BuildProblem as exc:
         if step.source.suffix == ".cu":
             raise CudaProblem(str(exc)) from exc

@@ -33,10 +33,10 @@ class Cuda:
     library: Path
 
 
-def output_of(command: list[str]) -> str:
+def output_of(command: list[str], cwd: Path | None = None) -> str:
     """stdout and stderr of a command; a BuildProblem with both if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=cwd)
     except OSError as exc:
         raise BuildProblem(f"{command[0]} does not start: {exc}") from exc
     text = done.stdout + done.stderr
