@@ -4,6 +4,7 @@
 // The polynomials are minimax fits (Remez); the error in each comment is that of the polynomial.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -50,6 +51,12 @@ LSF_HD float log2_of(float x) {
   y = y * f - 0.7213473469f;
   y = y * f + 1.442695004f;
   return float(e) + f * y;
+}
+
+// ln x for x >= 0, absolute error 6e-8 of ln x + 1; -inf at 0; NaN and infinity stay.
+LSF_HD float ln_of(float x) {
+  const float y = LN2 * log2_of(x);
+  return x > 0.0f && x < HUGE_VALF ? y : x == 0.0f ? -HUGE_VALF : x;
 }
 
 // e^x for x <= 0, relative error 2e-9 before rounding; below the smallest float 0; e^0 is exactly 1;

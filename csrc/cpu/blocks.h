@@ -1,0 +1,203 @@
+// Reading a block of logits and its softmax, for the *_simd.cpp files: everything here has internal
+// linkage and is compiled once per instruction set.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../math.h"
+#include "variants.h"
+
+namespace landscape_fast {
+namespace {
+
+constexpr int64_t SEGMENT = 1024;  // elements added in float32 before float64 takes over
+constexpr int MOST_EXAMPLES = 32;  // of a block
+
+// Sum of term(k) for k < length, a multiple of 16. The 16 lanes are added pairwise: in order, as a
+// compiler must without leave to reassociate, they would cost a fifth of a short block's time.
+template <class Term>
+inline __attribute__((always_inline)) double sum_of(int64_t length, Term term) {
+  double total = 0;
+  for (int64_t begin = 0; begin < length; begin += SEGMENT) {
+    const int64_t end = begin + SEGMENT < length ? begin + SEGMENT : length;
+    float lanes[16] = {};
+    for (int64_t at = begin; at < end; at += 16) {
+#pragma omp simd
+      for (int k = 0; k < 16; ++k) lanes[k] += term(at + k);
+    }
+    for (int k = 0; k < 8; ++k) lanes[k] += lanes[k + 8];
+    for (int k = 0; k < 4; ++k) lanes[k] += lanes[k + 4];
+    total += double(lanes[0] + lanes[2]) + double(lanes[1] + lanes[3]);
+  }
+  return total;
+}
+
+inline float widen(float x) { return x; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+inline float widen(BFloat16 x) { return float_of(int32_t(uint32_t(x.bits) << 16)); }
+
+struct Float16 {
+  uint16_t bits;
+};
+inline float widen(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t rest = uint32_t(x.bits & 0x7fff) << 13;
+  const float finite = float_of(int32_t(rest)) * 5.192296858534828e33f;  // 2^112: rebias the exponent
+  const uint32_t special = rest | 0x7f800000;                            // infinity or NaN
+  const uint32_t value = rest >= 0x0f800000 ? special : uint32_t(bits_of(finite));
+  return float_of(int32_t(sign | value));
+}
+
+// One member's logits of examples [n, n + valid) into x; the others, and those with use[e] = 0, are
+// 0. Padding is -inf, which has probability 0.
+template <class T>
+inline void load_as(const Logits& L, int64_t m, int64_t n, int64_t valid, const bool* use,
+                    const Blocks& blocks, float* x) {
+  const T* from = static_cast<const T*>(L.data) + m * L.stride_m + n * L.stride_n;
+  const int64_t E = blocks.examples, C = L.C;
+  for (int64_t e = 0; e < E; ++e) {
+    if (e >= valid || !use[e]) {
+      for (int64_t c = 0; c < C; ++c) x[c * E + e] = 0;
+      continue;
+    }
+    const T* row = from + e * L.stride_n;
+    if (E == 1 && L.stride_c == 1) {
+      for (int64_t c = 0; c < C; ++c) x[c] = widen(row[c]);
+    } else if (L.stride_c == 1) {
+      for (int64_t c = 0; c < C; ++c) x[c * E + e] = widen(row[c]);
+    } else {
+      for (int64_t c = 0; c < C; ++c) x[c * E + e] = widen(row[c * L.stride_c]);
+    }
+  }
+  for (int64_t k = C * E; k < blocks.length; ++k) x[k] = -INFINITY;
+}
+
+inline void load(const Logits& L, int64_t m, int64_t n, int64_t valid, const bool* use,
+                 const Blocks& blocks, float* x) {
+  if (L.dtype == Dtype::float32) {
+    load_as<float>(L, m, n, valid, use, blocks, x);
+  } else if (L.dtype == Dtype::bfloat16) {
+    load_as<BFloat16>(L, m, n, valid, use, blocks, x);
+  } else {
+    load_as<Float16>(L, m, n, valid, use, blocks, x);
+  }
+}
+
+// Per example of a block.
+struct Rows {
+  float log_sum[MOST_EXAMPLES];  // ln of the sum of exp(x - largest x)
+  float scale[MOST_EXAMPLES];    // 1 / that sum: the largest probability
+  float entropy[MOST_EXAMPLES];  // nats
+};
+
+// x [length] becomes x - (largest x of its example), p the probabilities. A NaN, a +inf or a row of
+// -inf makes its whole example NaN, as torch.softmax does. `use` as for load: p and the entropy are
+// 0 where an example is not to be used.
+inline void softmax_interleaved(int64_t C, const bool* use, float* x, float* p, Rows& rows) {
+  constexpr int E = MOST_EXAMPLES;
+  float top[E], sum[E], weighted[E];
+  for (int e = 0; e < E; ++e) top[e] = -INFINITY, sum[e] = 0, weighted[e] = 0;
+  for (int64_t c = 0; c < C; ++c) {
+#pragma omp simd
+    for (int e = 0; e < E; ++e) top[e] = x[c * E + e] > top[e] ? x[c * E + e] : top[e];
+  }
+  for (int64_t c = 0; c < C; ++c) {
+#pragma omp simd
+    for (int e = 0; e < E; ++e) {
+      const float d = x[c * E + e] - top[e];
+      const float y = exp_of(d);
+      x[c * E + e] = d;
+      p[c * E + e] = y;
+      sum[e] += y;
+      weighted[e] += y * (d < -105.0f ? -105.0f : d);  // 0 * -inf is 0 here
+    }
+  }
+  for (int e = 0; e < E; ++e) {
+    const float inverse = 1.0f / sum[e];
+    rows.log_sum[e] = ln_of(sum[e]);
+    rows.scale[e] = use[e] ? inverse : 0.0f;
+    rows.entropy[e] = use[e] ? rows.log_sum[e] - weighted[e] * inverse : 0.0f;
+  }
+  for (int64_t c = 0; c < C; ++c) {
+#pragma omp simd
+    for (int e = 0; e < E; ++e) p[c * E + e] *= rows.scale[e];
+  }
+}
+
+inline void softmax_row(int64_t length, float* x, float* p, Rows& rows) {
+  float tops[16];  // a maximum that lets NaN pass is no reduction to the compiler: 16 of them are
+  for (int k = 0; k < 16; ++k) tops[k] = -INFINITY;
+  for (int64_t begin = 0; begin < length; begin += 16) {
+#pragma omp simd
+    for (int k = 0; k < 16; ++k) tops[k] = x[begin + k] > tops[k] ? x[begin + k] : tops[k];
+  }
+  float top = -INFINITY;
+  for (int k = 0; k < 16; ++k) top = tops[k] > top ? tops[k] : top;
+  double sum = 0, weighted = 0;
+  for (int64_t begin = 0; begin < length; begin += SEGMENT) {
+    const int64_t end = begin + SEGMENT < length ? begin + SEGMENT : length;
+    float s = 0, w = 0;
+#pragma omp simd reduction(+ : s, w)
+    for (int64_t k = begin; k < end; ++k) {
+      const float d = x[k] - top;
+      const float y = exp_of(d);
+      x[k] = d;
+      p[k] = y;
+      s += y;
+      w += y * (d < -105.0f ? -105.0f : d);
+    }
+    sum += double(s);
+    weighted += double(w);
+  }
+  rows.log_sum[0] = float(std::log(sum));
+  rows.scale[0] = float(1 / sum);
+  rows.entropy[0] = float(std::log(sum) - weighted / sum);
+  for (int64_t k = 0; k < length; ++k) p[k] *= rows.scale[0];
+}
+
+inline void softmax(const Logits& L, const Blocks& blocks, const bool* use, float* x, float* p,
+                    Rows& rows) {
+  if (blocks.examples == 1) {
+    softmax_row(blocks.length, x, p, rows);
+  } else {
+    softmax_interleaved(L.C, use, x, p, rows);
+  }
+}
+
+// First largest class of each example of a block of logits or probabilities; NaN is the largest.
+inline void first_largest(const Blocks& blocks, const float* x, int64_t C, int32_t* label) {
+  const int lanes = blocks.examples == 1 ? 16 : MOST_EXAMPLES;
+  float best[MOST_EXAMPLES];
+  int32_t at[MOST_EXAMPLES];
+  const int64_t rows = blocks.examples == 1 ? blocks.length / 16 : C;
+  for (int k = 0; k < lanes; ++k) best[k] = x[k], at[k] = 0;
+  for (int64_t row = 1; row < rows; ++row) {
+#pragma omp simd
+    for (int k = 0; k < lanes; ++k) {
+      const float value = x[row * lanes + k];
+      const bool more = displaces(value, best[k]);
+      best[k] = more ? value : best[k];
+      at[k] = more ? int32_t(row) : at[k];
+    }
+  }
+  if (blocks.examples > 1) {
+    for (int k = 0; k < lanes; ++k) label[k] = at[k];
+    return;
+  }
+  float top = best[0];
+  label[0] = at[0] * 16;
+  for (int k = 1; k < 16; ++k) {  // of equals, the first in the row
+    const int32_t index = at[k] * 16 + k;
+    const bool equal = best[k] == top || (best[k] != best[k] && top != top);
+    if (displaces(best[k], top) || (equal && index < label[0])) top = best[k], label[0] = index;
+  }
+}
+
+}  // namespace
+}  // namespace landscape_fast

@@ -1,0 +1,174 @@
+// Accuracy, NLL, Brier score, calibration and uncertainty of one chunk of examples, in one read of
+// the logits; compiled once per instruction set.
+#include "blocks.h"
+
+namespace landscape_fast {
+namespace {
+
+struct Scratch {
+  float* x;       // [length], the logits of one member
+  float* p;       // [M, length], probabilities
+  float* mean;    // [length], their mean
+  float* target;  // [M, MOST_EXAMPLES], ln of the probability of the target
+};
+
+Scratch carve(const SummaryJob& job, void* scratch) {
+  const int64_t length = blocks_of(job.logits).length;
+  float* x = static_cast<float*>(scratch);
+  return {x, x + length, x + (job.logits.M + 1) * length, x + (job.logits.M + 2) * length};
+}
+
+// One block of examples: those to use, and where in a block their targets stand.
+struct Examples {
+  int count;  // E of the block, including those not used
+  bool use[MOST_EXAMPLES];
+  int32_t y[MOST_EXAMPLES];
+  int used;
+};
+
+Examples examples_of(const SummaryJob& job, const Blocks& blocks, int64_t n) {
+  Examples all;
+  all.count = int(blocks.examples);
+  all.used = 0;
+  for (int e = 0; e < MOST_EXAMPLES; ++e) {
+    const bool inside = e < all.count && n + e < job.logits.N;
+    all.use[e] = inside && job.targets[n + e] != job.ignore_index;
+    all.y[e] = all.use[e] ? int32_t(job.targets[n + e]) : 0;
+    all.used += all.use[e];
+  }
+  return all;
+}
+
+// Correct answers and calibration: adds to `bins` sums of (correct - confidence) and to the totals.
+void grade(const Examples& all, const int32_t* label, const float* confidence, int64_t bins,
+           double* histogram, double* totals) {
+  int32_t bin[MOST_EXAMPLES];
+#pragma omp simd
+  for (int e = 0; e < MOST_EXAMPLES; ++e) bin[e] = calibration_bin(confidence[e], int32_t(bins));
+  for (int e = 0; e < all.count; ++e) {
+    if (!all.use[e]) continue;
+    const double correct = label[e] == all.y[e];
+    histogram[bin[e]] += correct - double(confidence[e]);
+    totals[CORRECT] += correct;
+  }
+}
+
+// sum (p - [c is the target])^2 over a block
+double brier(const Examples& all, int64_t length, float* p) {
+  float kept[MOST_EXAMPLES];
+  for (int e = 0; e < all.count; ++e) {
+    float& at = p[int64_t(all.y[e]) * all.count + e];
+    kept[e] = at;
+    at -= all.use[e] ? 1.0f : 0.0f;
+  }
+  const double sum = sum_of(length, [=](int64_t k) { return p[k] * p[k]; });
+  for (int e = 0; e < all.count; ++e) p[int64_t(all.y[e]) * all.count + e] = kept[e];
+  return sum;
+}
+
+// Everything about one member; leaves its probabilities in at.p, adds them to at.mean, and returns
+// the sum of its entropies.
+double member(const SummaryJob& job, const Blocks& blocks, const Examples& all, int64_t n,
+              int64_t m, const Scratch& at, double* out) {
+  const Logits& L = job.logits;
+  const int64_t length = blocks.length;
+  float *x = at.x, *p = at.p + m * length, *mean = at.mean;
+  double* totals = out + job.bins;
+  int32_t label[MOST_EXAMPLES];
+  Rows rows = {};
+  const int64_t valid = L.N - n < blocks.examples ? L.N - n : blocks.examples;
+  load(L, m, n, valid, all.use, blocks, x);
+  first_largest(blocks, x, L.C, label);
+  softmax(L, blocks, all.use, x, p, rows);
+  grade(all, label, rows.scale, job.bins, out, totals);
+  double nll = 0, entropy = 0;
+  for (int e = 0; e < all.count; ++e) {
+    const float ln_p = x[int64_t(all.y[e]) * all.count + e] - rows.log_sum[e];
+    at.target[m * MOST_EXAMPLES + e] = ln_p;
+    nll -= all.use[e] ? double(ln_p) : 0.0;
+    entropy += all.use[e] ? double(rows.entropy[e]) : 0.0;
+  }
+  totals[NLL] += nll;
+  totals[BRIER] += brier(all, length, p);
+#pragma omp simd
+  for (int64_t k = 0; k < length; ++k) mean[k] = (m == 0 ? 0.0f : mean[k]) + p[k];
+  return entropy;
+}
+
+// NLL of the averaged probabilities, from the members' ln p: finite where every p underflows.
+double mixture_nll(const Examples& all, int64_t M, const float* target) {
+  float top[MOST_EXAMPLES], sum[MOST_EXAMPLES], nll[MOST_EXAMPLES];
+  const int E = all.count == 1 ? 1 : MOST_EXAMPLES;
+  for (int e = 0; e < E; ++e) top[e] = -INFINITY, sum[e] = 0;
+  for (int64_t m = 0; m < M; ++m) {
+    const float* row = target + m * MOST_EXAMPLES;
+#pragma omp simd
+    for (int e = 0; e < E; ++e) top[e] = row[e] > top[e] ? row[e] : top[e];
+  }
+  for (int e = 0; e < E; ++e) top[e] = top[e] == -INFINITY ? 0.0f : top[e];
+  for (int64_t m = 0; m < M; ++m) {
+    const float* row = target + m * MOST_EXAMPLES;
+#pragma omp simd
+    for (int e = 0; e < E; ++e) sum[e] += exp_of(row[e] - top[e]);
+  }
+#pragma omp simd
+  for (int e = 0; e < E; ++e) nll[e] = -(top[e] + ln_of(sum[e] / float(M)));
+  double total = 0;
+  for (int e = 0; e < E; ++e) total += all.use[e] ? double(nll[e]) : 0.0;
+  return total;
+}
+
+}  // namespace
+
+namespace LSF_ISA {
+
+int64_t summary_scratch(const SummaryJob& job) {
+  const int64_t M = job.logits.M, length = blocks_of(job.logits).length;
+  return int64_t(sizeof(float)) * ((M + 2) * length + M * MOST_EXAMPLES);
+}
+
+void summary_chunk(const SummaryJob& job, Chunk chunk, void* scratch, double* out) {
+  const int64_t M = job.logits.M, C = job.logits.C, width = job.bins + SUMS;
+  const Blocks blocks = blocks_of(job.logits);
+  const int64_t length = blocks.length;
+  const Scratch at = carve(job, scratch);
+  float* mean = at.mean;
+  double *histogram = out + M * width, *totals = histogram + job.bins;
+  for (int64_t block = chunk.first; block < chunk.last; ++block) {
+    const int64_t n = block * blocks.examples;
+    const Examples all = examples_of(job, blocks, n);
+    if (all.used == 0) continue;
+    double entropies = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      entropies += member(job, blocks, all, n, m, at, out + m * width);
+    }
+    const float share = 1.0f / float(M);
+#pragma omp simd
+    for (int64_t k = 0; k < length; ++k) mean[k] *= share;
+    int32_t label[MOST_EXAMPLES];
+    float confidence[MOST_EXAMPLES] = {};
+    first_largest(blocks, mean, C, label);
+    for (int e = 0; e < all.count; ++e) confidence[e] = mean[int64_t(label[e]) * all.count + e];
+    grade(all, label, confidence, job.bins, histogram, totals);
+    totals[NLL] += mixture_nll(all, M, at.target);
+    totals[BRIER] += brier(all, length, mean);
+    const double entropy = -double(LN2) * sum_of(length, [=](int64_t k) {
+      return mean[k] * log2_of(mean[k]);
+    });
+    double information = entropy - entropies / double(M);
+    if (information < CLOSE * double(all.used)) {
+      information = 0;
+      for (int64_t m = 0; m < M; ++m) {
+        const float* p = at.p + m * length;
+        information += sum_of(length, [=](int64_t k) { return kl_term(p[k], mean[k]); });
+      }
+      information /= double(M);
+    }
+    totals[ENTROPY] += entropy;
+    totals[INFORMATION] += information;
+    totals[EXAMPLES] += all.used;
+  }
+}
+
+}  // namespace LSF_ISA
+}  // namespace landscape_fast
