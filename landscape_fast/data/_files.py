@@ -58,10 +58,11 @@ def read(op: str, path: Path, most: int, remedy: str) -> bytes:
     Raises:
         ValueError: if it is not a gzip file or a damaged one.
     """
-    if path.suffix != ".gz":
+    packed = path.suffix == ".gz"
+    most = min(most, path.stat().st_size * (_MOST_PACKED if packed else 1))
+    if not packed:
         with path.open("rb") as file:
             return file.read(most + 1)
-    most = min(most, _MOST_PACKED * path.stat().st_size)
     try:
         with gzip.open(path) as file:
             return file.read(most + 1)

@@ -78,6 +78,7 @@ def convert_(
             module that reads its weights directly (attention).
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> model = convert_(model, members=4, exclude="2", r_init="random_sign")
         >>> list(ensemble_layers(model)), model(torch.zeros(5, 8)).shape
@@ -117,6 +118,7 @@ class FoldedEnsemble(nn.Module):
         members: M.
 
     Example:
+        >>> import torch
         >>> cnn = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3))
         >>> ensemble = FoldedEnsemble(convert_(cnn, members=4, layout="folded"), members=4)
         >>> ensemble(torch.zeros(2, 1, 8, 8)).shape
@@ -144,7 +146,8 @@ class FoldedEnsemble(nn.Module):
 def _items(argument: str, selection: Selection) -> tuple[str | type[nn.Module], ...] | None:
     if selection is None:
         return None
-    items = (selection,) if isinstance(selection, str | type) else tuple(selection)
+    several = isinstance(selection, Iterable) and not isinstance(selection, str | type)
+    items = tuple(selection) if several else (selection,)
     for item in items:
         ok = isinstance(item, str) or isinstance(item, type) and issubclass(item, nn.Module)
         require(ok, "convert_", argument, "names, patterns or module types", repr(item))
@@ -202,12 +205,12 @@ def _refuse(layer: nn.Module, lineage: Sequence) -> None:
     ]
     if parametrize.is_parametrized(layer):
         rule, got = "free of parametrizations", ", ".join(layer.parametrizations)
-    elif hooks:
-        rule, got = "free of hooks", ", ".join(hooks)
     elif readers:
         rule, got = "called by what is around it", f"{readers[0]}, which reads its weights instead"
     elif kind not in _MAKERS:
         rule, got = "an nn.Linear or nn.Conv2d, not a subclass", kind.__name__
+    elif hooks:
+        rule, got = "free of hooks", ", ".join(hooks)
     else:
         return
     raise ValueError(message("convert_", f"layer {name!r}", rule, got, remedy))

@@ -56,6 +56,7 @@ def batch_ensemble_conv2d(
     Source: Wen et al. 2020 (arXiv:2002.06715).
 
     Example:
+        >>> import torch
         >>> x = torch.ones(1, 1, 2, 2)  # one image, shared by two members
         >>> s = torch.tensor([[1.0], [-2.0]])
         >>> batch_ensemble_conv2d(x, torch.ones(1, 1, 2, 2), s=s).flatten()
