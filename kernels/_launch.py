@@ -68,9 +68,9 @@ def fastest(key: tuple, shipped: Config, candidates: Sequence[Config],
             run: Callable[[Config], object]) -> Config:
     """`shipped`; with LANDSCAPE_FAST_AUTOTUNE=1 the fastest of it and `candidates`.
 
-    `key` names the op, the GPU and all that the time depends on; it is timed once per process. `run`
-    launches with a configuration; one that the compiler or the device refuses is left out. Nothing is
-    timed while a CUDA graph is being captured.
+    `key` names the op, the GPU and all that the time depends on; it is timed once per process.
+    `run` launches with a configuration; one that the compiler or the device refuses is left out.
+    Nothing is timed while a CUDA graph is being captured.
     """
     if not AUTOTUNE or INTERPRETED:
         return shipped
