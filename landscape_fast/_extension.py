@@ -20,21 +20,18 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _load():
+    if PathFinder.find_spec(_NAME, [str(_PACKAGE)]) is None:
+        return _borrow() if landscape_fast._in_checkout else (None, _why_missing())
     try:
         return importlib.import_module(_NAME), None
-    except ModuleNotFoundError:
-        pass
     except ImportError as exc:
         return None, f"{_NAME} does not load: {exc}"
-    if landscape_fast._in_checkout:
-        return _borrow()
-    return None, _why_missing()
 
 
 def _borrow():
     """A checkout that was not built takes the module of an installed copy, if it fits."""
-    elsewhere = [str(Path(folder or ".", "landscape_fast")) for folder in sys.path]
-    spec = PathFinder.find_spec(_NAME, elsewhere)
+    installed = [str(Path(folder or ".", "landscape_fast")) for folder in sys.path]
+    spec = PathFinder.find_spec(_NAME, installed) or importlib.util.find_spec(_NAME)
     if spec is None:
         return None, _why_missing()
     module = importlib.util.module_from_spec(spec)
@@ -43,7 +40,8 @@ def _borrow():
     except ImportError as exc:
         return None, f"{spec.origin} does not load: {exc}"
     if json.loads(module.build_info).get("sources") != source_hash(_PACKAGE.parent / "csrc"):
-        return None, f"{spec.origin} was built from other sources; `pip install -e .` builds these"
+        why = f"{_why_missing()}; {spec.origin} was built from other sources"
+        return None, why
     sys.modules[_NAME] = module
     return module, None
 

@@ -324,8 +324,9 @@ def main(arguments: list) -> int:
         python = str(venv_python()) if has_torch(venv_python()) else python
         say(f"going on from the checkout, with {python} as it is")
         run([python, "setup.py", "-q", "build_ext", "--inplace"])
-        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    # This checkout, whatever other copy an environment below .venv may hold.
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
     command = [python, *COMMANDS[arguments[0]], *arguments[1:]]
     os.chdir(ROOT)
     os.execv(python, command)
