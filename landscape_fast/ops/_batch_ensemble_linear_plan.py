@@ -1,0 +1,185 @@
+"""Which way batch_ensemble_linear goes on a GPU: fused kernels, or a composition of library calls.
+
+A model of the time of each way, in microseconds, from floating-point operations, bytes and kernel
+launches. Every number is an estimate until measured: the rates are those of the vendors' libraries
+(H200: 790 TFLOP/s and 4.3 TB/s are measured figures, the others data sheets), and `EFFICIENCY`
+says how close our products come to them. A Triton main loop without warp specialisation was seen
+at 74 to 92 % of cuBLAS on Hopper; the weight gradient keeps two accumulators, hence smaller tiles.
+The choice is the smaller estimate, so a fused kernel never runs where the library is expected to
+be quicker. Forcing a backend overrides it.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+RATE = {  # arch -> kind -> TFLOP/s of a library GEMM
+    80: {"half": 270.0, "tf32": 135.0, "ieee": 18.0},
+    90: {"half": 790.0, "tf32": 395.0, "ieee": 55.0},
+    100: {"half": 1700.0, "tf32": 850.0, "ieee": 70.0},
+}
+BANDWIDTH = {80: 1.7, 90: 4.3, 100: 7.0}  # TB/s of a copy
+EFFICIENCY = {  # arch -> kind -> share of that rate in y, dx and dweight
+    80: {"half": (0.80, 0.78, 0.55), "tf32": (0.80, 0.75, 0.45), "ieee": (0.6, 0.6, 0.4)},
+    90: {"half": (0.80, 0.78, 0.65), "tf32": (0.80, 0.70, 0.55), "ieee": (0.6, 0.6, 0.4)},
+    100: {"half": (0.65, 0.60, 0.45), "tf32": (0.60, 0.50, 0.35), "ieee": (0.6, 0.6, 0.4)},
+}
+GEMM_LAUNCH = 4.0  # us: launch, ramp and tail of a product
+PASS_LAUNCH = 2.0  # us: of an elementwise pass or a reduction
+SUM_LAUNCH = 3.0  # us: of the kernel that adds up the parts of a split sum
+ROWS = 64  # examples of a member that one tile holds
+TILE_BYTES = 1.5  # traffic of the weight gradient's epilogue, per member and weight
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool = False
+    weight: bool = False
+    r: bool = False
+    s: bool = False
+    bias: bool = False
+
+
+class Plan(NamedTuple):
+    """How to run the forward and the backward.
+
+    `forward` is "fused" or "composed". `backward` is "H" (fused, dr beside dx), "G" (fused, dr
+    beside dweight), "composed", or "none". Both fused backwards keep x alone of the activations;
+    a composed one that needs ds also keeps (x * r) weight^T, which is why a composed backward that
+    needs ds implies a composed forward.
+    """
+
+    forward: str
+    backward: str
+
+
+class Problem(NamedTuple):
+    """Sizes, and what decides the cost: arguments that are there, and how products are formed."""
+
+    M: int
+    B: int
+    I: int
+    O: int
+    arch: int = 90  # 80, 90 or 100
+    kind: str = "half"  # "half", "tf32", "ieee"
+    shared_x: bool = False
+    has_r: bool = True
+    has_s: bool = True
+
+
+def choose(p: Problem, needs: Needs) -> Plan:
+    """The plan with the smallest estimate; a tie goes to the fused kernels, which keep less."""
+    if not any(needs):
+        forward = "fused" if forward_fused(p) <= forward_composed(p) else "composed"
+        return Plan(forward, "none")
+    fused_way = "H" if needs.x else "G"
+    plans = [Plan("fused", fused_way), Plan("composed", fused_way), Plan("composed", "composed")]
+    if not needs.s:
+        plans.append(Plan("fused", "composed"))
+    best, least = plans[0], estimate(p, needs, plans[0])
+    for plan in plans[1:]:  # a loop, since torch.compile traces this where sizes are dynamic
+        us = estimate(p, needs, plan)
+        if us < least:
+            best, least = plan, us
+    return best
+
+
+def estimate(p: Problem, needs: Needs, plan: Plan) -> float:
+    """Microseconds of a forward and its backward."""
+    us = forward_fused(p) if plan.forward == "fused" else forward_composed(p)
+    if plan.backward == "composed":
+        us += backward_composed(p, needs)
+    elif plan.backward != "none":
+        us += backward_fused(p, needs)
+    return us
+
+
+def forward_fused(p: Problem) -> float:
+    """One kernel; with few examples per member, its tiles span members at half the rate."""
+    share = EFFICIENCY[p.arch][p.kind][0]
+    return _product(p, p.M * p.B, share if p.B >= ROWS else share / 2)
+
+
+def forward_composed(p: Problem) -> float:
+    """x * r, the product, and its epilogue."""
+    rows = p.B if p.shared_x and not p.has_r else p.M * p.B
+    us = _product(p, rows, 1.0)
+    if p.has_r:
+        us += _pass(p, (p.B if p.shared_x else p.M * p.B) * p.I + p.M * p.B * p.I)
+    return us + _pass(p, rows * p.O + p.M * p.B * p.O)
+
+
+def backward_fused(p: Problem, needs: Needs) -> float:
+    """dx (with dr), dweight with ds and db (with dr where there is no dx), and their sum."""
+    dx, dweight = EFFICIENCY[p.arch][p.kind][1:]
+    rows = p.M * -(-p.B // ROWS) * ROWS
+    us = 0.0
+    if needs.x:
+        us += _product(p, rows, dx)
+    if needs.weight or needs.s or (needs.r and not needs.x):
+        us += _product(p, rows, dweight)
+        us += TILE_BYTES * p.M * p.O * p.I / BANDWIDTH[p.arch] * 1e-6
+    elif needs.bias:
+        us += _pass(p, p.M * p.B * p.O)
+    return us + SUM_LAUNCH
+
+
+def backward_composed(p: Problem, needs: Needs) -> float:
+    """Library products, with an elementwise pass for each factor and a reduction for each sum."""
+    alone = p.shared_x and not p.has_r  # one product serves all members
+    rows = p.B if alone else p.M * p.B
+    x, y = rows * p.I, p.M * p.B * p.O
+    us = 0.0
+    if needs.bias:
+        us += _pass(p, y)
+    if needs.s:
+        us += _pass(p, 3 * y) + _pass(p, y)
+    if p.has_s and (needs.x or needs.weight or needs.r):
+        us += _pass(p, 2 * y)
+    if alone and (needs.x or needs.weight):
+        us += _pass(p, y)
+    if needs.x or needs.r:
+        us += _product(p, rows, 1.0)
+    if needs.r:
+        us += _pass(p, 3 * x) + _pass(p, x)
+    if needs.x and p.has_r:
+        us += _pass(p, 2 * x) + (_pass(p, x) if p.shared_x else 0.0)
+    if needs.weight:
+        us += _product(p, rows, 1.0) + (_pass(p, 2 * x) if p.has_r else 0.0)
+    return us
+
+
+def _product(p: Problem, rows: int, share: float) -> float:
+    """A GEMM of rows x I x O at a share of the library's rate, or at that of the memory."""
+    flops = 2e-6 * rows * p.I * p.O / RATE[p.arch][p.kind]
+    moved = _size(p) * 1e-6 * (rows * (p.I + p.O) + p.I * p.O) / BANDWIDTH[p.arch]
+    return GEMM_LAUNCH + max(flops / share, moved)
+
+
+def _pass(p: Problem, elements: int) -> float:
+    """One elementwise or reducing kernel that moves `elements`."""
+    return PASS_LAUNCH + _size(p) * 1e-6 * elements / BANDWIDTH[p.arch]
+
+
+def _size(p: Problem) -> int:
+    return 2 if p.kind == "half" else 4
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """How products of this dtype are formed now: float32 follows torch's switch for matmul."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if tf32_allowed() else "ieee"
+
+
+def tf32_allowed() -> bool:
+    """Whether torch may round float32 factors of a product to tf32 on CUDA."""
+    matmul = torch.backends.cuda.matmul
+    try:  # torch 2.9 and later; reading the old switch there fails once the new one was set
+        return matmul.fp32_precision == "tf32"
+    except AttributeError:
+        return matmul.allow_tf32
+
+
+tf32_allowed._dynamo_marked_constant = True  # torch.compile cannot trace the switch

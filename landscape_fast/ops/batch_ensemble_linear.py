@@ -1,0 +1,239 @@
+"""A linear layer of M members that share one weight up to rank-one factors (BatchEnsemble)."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from landscape_fast.ops import _dispatch
+from landscape_fast.ops._batch_ensemble_linear_plan import (
+    Needs,
+    Plan,
+    Problem,
+    choose,
+    kind_of,
+)
+from landscape_fast.ops._batch_ensemble_linear_ways import (
+    backward_op,
+    composed,
+    composed_backward,
+    forward_op,
+    members_dim,
+    per_row,
+    scaled,
+)
+from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
+from landscape_fast.ops._dispatch import (
+    KERNEL_DTYPES,
+    autocast,
+    declare,
+    pick,
+    reference_backward,
+    transforming,
+    wants_grad,
+    wants_graph,
+)
+
+OP = "batch_ensemble_linear"
+LAYOUTS = ("member_major", "batch_major", "folded")
+COMPOSED = Plan("composed", "composed")
+FUSED = Plan("fused", "H")
+
+declare(OP, triton=KERNEL_DTYPES)
+
+
+def batch_ensemble_linear(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor | None = None,
+    s: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    layout: str = "member_major",
+    backend: str = "auto",
+) -> Tensor:
+    r"""M linear layers with weights `weight[o, i] * s[m, o] * r[m, i]`, in one pass.
+
+    .. math:: y_{mbo} = s_{mo} \sum_i w_{oi}\, r_{mi}\, x_{mbi} + b_{mo}
+
+    Args:
+        x: [M, B, I], any strides; or [B, I], read by all members without a copy. In layout
+            "batch_major" [B, M, I] or [B, I]; in "folded" [M*B, I], the rows of a member together.
+        weight: [O, I], shared by the members. Like all that follows, of the dtype of `x`.
+        r: [M, I], scales the input features of each member; None for ones.
+        s: [M, O], scales its output features; None for ones.
+        bias: [M, O], one per member, or [O], one for all; None for zero.
+        layout: "member_major", "batch_major" (as in TabM) or "folded".
+        backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`. On CUDA tensors
+            "auto" takes, for each shape, what is expected to be quicker: the Triton kernels, or the
+            composition of library calls that "torch" names.
+
+    Returns:
+        [M, B, O], [B, M, O] or [M*B, O] as the layout says, contiguous, in the dtype of `x`.
+        Products are added up in float32 (float64 for float64); float32 factors are rounded to tf32
+        where `torch.backends.cuda.matmul` allows it. Under autocast all runs in its dtype.
+
+    Raises:
+        TypeError: if an argument is not a tensor.
+        ValueError: if shapes, dtypes, devices or the layout disagree; if `x` is shared and nothing
+            says how many members there are; if the backend cannot run here.
+
+    Cost: 2 * M * B * I * O flops, and twice as many for the gradients; x, weight and y moved once.
+        The kernels keep `x` for the backward, and no other activation; "torch" also keeps
+        (x * r) weight^T, if ds is wanted. Gradients are deterministic, and differentiable again.
+
+    Source: Wen et al. 2020 (arXiv:2002.06715); as used by TabM (arXiv:2410.24210).
+
+    Example:
+        >>> import torch
+        >>> from landscape_fast.ops.batch_ensemble_linear import batch_ensemble_linear
+        >>> x = torch.tensor([[1.0, 2.0]])  # one example, read by two members
+        >>> weight = torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 2.0]])
+        >>> r = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+        >>> batch_ensemble_linear(x, weight, r)
+        tensor([[[ 3., -1.,  4.]],
+        <BLANKLINE>
+                [[-1.,  3., -4.]]])
+    """
+    _check_types(x, weight, r, s, bias, layout)
+    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
+    members = _check(x, weight, r, s, bias, layout)
+    name = pick(OP, backend, x)
+    if transforming() or x.numel() == 0 or weight.numel() == 0:
+        return batch_ensemble_linear_reference(x, weight, r, s, bias, layout=layout)
+    if layout == "folded":
+        x = x.unflatten(0, (members, x.shape[0] // members))
+    tensors = (x, weight, r, s, bias)
+    sizes = (members, layout == "batch_major")
+    needs = Needs(*[wants_grad(t) for t in tensors])
+    if name == "torch":
+        plan = COMPOSED
+    elif backend == "triton" or _dispatch.FORCED == "triton":
+        plan = FUSED
+    else:
+        plan = _plan(*tensors, *sizes, needs)
+    if any(needs):
+        y = _BatchEnsembleLinear.apply(*tensors, *sizes, plan.forward, plan.backward)
+    elif plan.forward == "fused":
+        y = forward_op(*tensors, *sizes)
+    else:
+        y = composed(*tensors, *sizes)[0]
+    return y.flatten(0, 1) if layout == "folded" else y
+
+
+def batch_ensemble_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor | None = None,
+    s: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    layout: str = "member_major",
+) -> Tensor:
+    """The definition: every backend is tested against this, run in float64."""
+    if layout == "folded":
+        M = _members(x, r, s, bias, layout)
+        x = x.unflatten(0, (M, x.shape[0] // M if M else 0))
+        return batch_ensemble_linear_reference(x, weight, r, s, bias).flatten(0, 1)
+    batch_major = layout == "batch_major"
+    y = scaled(x, r, batch_major) @ weight.T
+    y = y if y.ndim == 3 else y.unsqueeze(members_dim(batch_major))
+    y = y if s is None else y * per_row(s, batch_major)
+    return y if bias is None else y + per_row(bias, batch_major)
+
+
+def _check_types(x, weight, r, s, bias, layout) -> None:
+    required = {"x": x, "weight": weight}
+    for name, t in {**required, "r": r, "s": s, "bias": bias}.items():
+        if not isinstance(t, Tensor) and (t is not None or name in required):
+            raise TypeError(message(OP, name, "a Tensor", type(t).__name__))
+    require(layout in LAYOUTS, OP, "layout", f"one of {LAYOUTS}", repr(layout))
+
+
+def _check(x, weight, r, s, bias, layout) -> int:
+    """Holds all arguments against each other; returns M."""
+    shapes = {"member_major": "[M, B, I] or [B, I]", "batch_major": "[B, M, I] or [B, I]"}
+    fits = x.ndim == 2 or (x.ndim == 3 and layout != "folded")
+    require(fits, OP, "x", shapes.get(layout, "[M*B, I]"), list(x.shape))
+    require(x.dtype in FLOATS, OP, "x", f"one of {names(FLOATS)}", x.dtype)
+    like = {"like": x, "like_name": "x"}
+    check_tensor(OP, "weight", weight, "O, I", (None, x.shape[-1]), **like)
+    (O, I), M = weight.shape, _members(x, r, s, bias, layout)
+    rule = "[M, B, I]" if layout == "member_major" else "[B, M, I]"
+    rule += " where neither r, s nor a bias [M, O] gives the number of members"
+    require(M is not None, OP, "x", rule, list(x.shape))
+    if r is not None:
+        check_tensor(OP, "r", r, "M, I", (M, I), **like)
+    if s is not None:
+        check_tensor(OP, "s", s, "M, O", (M, O), **like)
+    if bias is not None and bias.ndim == 1:
+        check_tensor(OP, "bias", bias, "O", (O,), **like)
+    elif bias is not None:
+        check_tensor(OP, "bias", bias, "M, O", (M, O), **like)
+    if layout == "folded":
+        fits = x.shape[0] % M == 0 if M else x.shape[0] == 0
+        require(fits, OP, "x", f"[M*B, I] with rows divisible by M = {M}", list(x.shape))
+    return M
+
+
+def _members(x, r, s, bias, layout) -> int | None:
+    """M, from x or else from the first factor that has it; folded rows without factors are one."""
+    if x.ndim == 3:
+        return x.shape[members_dim(layout == "batch_major")]
+    for t in (r, s, bias):
+        if t is not None and t.ndim == 2:
+            return t.shape[0]
+    return 1 if layout == "folded" else None
+
+
+@cache
+def _architecture(index: int) -> int:
+    """Which column of the plan's tables a CUDA device belongs to."""
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(index)[0], 80)
+
+
+_architecture._dynamo_marked_constant = True  # torch.compile may take its answer for granted
+
+
+def _plan(x, weight, r, s, bias, members, batch_major, needs) -> Plan:
+    O, I = weight.shape
+    B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
+    arch, kind = _architecture(x.device.index), kind_of(x.dtype)
+    factors = (r is not None, s is not None)
+    return choose(Problem(members, B, I, O, arch, kind, x.ndim == 2, *factors), needs)
+
+
+class _BatchEnsembleLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, r, s, bias, members, batch_major, forward, backward):
+        if forward == "fused":
+            y, z = forward_op(x, weight, r, s, bias, members, batch_major), None
+        else:
+            y, z = composed(x, weight, r, s, bias, members, batch_major)
+        keep_z = backward == "composed" and ctx.needs_input_grad[3]
+        ctx.save_for_backward(x, weight, r, s, z if keep_z else None)
+        ctx.bias_shape = None if bias is None else bias.shape
+        ctx.batch_major, ctx.plan = batch_major, backward
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, r, s, z = ctx.saved_tensors
+        needs, batch_major = ctx.needs_input_grad[:5], ctx.batch_major
+        if wants_graph():
+            layout = "batch_major" if batch_major else "member_major"
+            bias = dy.new_zeros(ctx.bias_shape).requires_grad_() if ctx.bias_shape else None
+
+            def definition(*tensors):
+                return batch_ensemble_linear_reference(*tensors, layout=layout)
+
+            found = reference_backward(definition, (x, weight, r, s, bias), needs, dy)
+        elif ctx.plan == "composed":
+            shared = ctx.bias_shape is not None and len(ctx.bias_shape) == 1
+            found = composed_backward(dy, x, weight, r, s, z, needs, shared, batch_major)
+        else:
+            shared = ctx.bias_shape is not None and len(ctx.bias_shape) == 1
+            inputs = (dy, x, weight, r, s)
+            found = backward_op(*inputs, list(needs), shared, batch_major, ctx.plan == "H")
+            found = [g if need else None for g, need in zip(found, needs, strict=True)]
+        return *found, None, None, None, None
