@@ -20,8 +20,8 @@ from torch import Generator, Tensor, nn
 from landscape_fast.nn._rank_one import RankOneLayer
 from landscape_fast.nn.functional import batch_ensemble_conv2d, check_count, conv_options, pair
 from landscape_fast.nn.init import Initialiser
-from landscape_fast.ops import batch_ensemble_linear
 from landscape_fast.ops._checks import require
+from landscape_fast.ops.batch_ensemble_linear import batch_ensemble_linear
 
 
 class BatchEnsembleLinear(RankOneLayer):

@@ -143,7 +143,7 @@ def _check(op, x, weight, r, s, bias, groups, layout) -> int:
     layouts = ("member_major", "folded")
     require(layout in layouts, op, "layout", "'member_major' or 'folded'", repr(layout))
     check_tensor(op, "weight", weight, "O, I / groups, kh, kw", (None,) * 4)
-    O, I = weight.shape[0], weight.shape[1] * groups  # noqa: E741
+    O, I = weight.shape[0], weight.shape[1] * groups
     require(O % groups == 0, op, "groups", f"a divisor of O = {O}", groups)
 
     told = [t.shape[0] for t in (r, s, bias) if t is not None and t.ndim == 2]

@@ -144,6 +144,17 @@ def test_one_seed_one_network(make):
     assert not any(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_cnns_start_by_xavier():
+    """Layer by layer, weight then bias, from one generator; a bias counts as a matrix [O, 1]."""
+    net = SmallCNN(generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    for layer in (*net.convs, net.head):
+        weight, bias = torch.empty_like(layer.weight), torch.empty(len(layer.bias), 1)
+        for got, want in ((layer.weight, weight), (layer.bias, bias)):
+            nn.init.xavier_uniform_(want, generator=generator)
+            assert torch.equal(got, want.view_as(got))
+
+
 def test_members_share_the_start_of_a_plain_network():
     """With factors of one, every member starts as the plain network of the same seed."""
     for kind in (SmallCNN, MediumCNN):

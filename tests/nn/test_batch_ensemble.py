@@ -10,7 +10,7 @@ from torch import nn
 from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, Normal
 from landscape_fast.testing import assert_as_exact, check_layer
 
-M, B, L, I, O = 3, 5, 2, 4, 6  # noqa: E741
+M, B, L, I, O = 3, 5, 2, 4, 6
 RANDOM = {"r_init": "normal", "s_init": "normal", "dtype": torch.float64}
 
 
