@@ -1,8 +1,8 @@
 // Which compiled variant of a CPU kernel runs here.
 //
 // The build compiles every *_simd.cpp once per instruction set, into namespace
-// landscape_fast::baseline, ::avx2 or ::avx512 (macro LSF_ISA). Off x86-64, and with a compiler that
-// does not know the flags, LSF_X86_VARIANTS is undefined and only the baseline exists.
+// landscape_fast::baseline, ::avx2 or ::avx512 (macro LSF_ISA). Off x86-64, and with a compiler
+// that does not know the flags, LSF_X86_VARIANTS is undefined and only the baseline exists.
 // This header is for the files that choose, never for a *_simd.cpp.
 #pragma once
 
@@ -30,8 +30,8 @@ static inline Isa best_isa() {
 #endif
 }
 
-// The variant to run: the best one, or a lower one that LANDSCAPE_FAST_ISA names (for tests, so it is
-// read at every call). A name above what the CPU has gives the best it has.
+// The variant to run: the best one, or a lower one that LANDSCAPE_FAST_ISA names (for tests, so it
+// is read at every call). A name above what the CPU has gives the best it has.
 static inline Isa isa() {
   static const Isa best = best_isa();
   const char* wish = std::getenv("LANDSCAPE_FAST_ISA");
