@@ -91,38 +91,41 @@ inline void load(const Logits& L, int64_t m, int64_t n, int64_t valid, const boo
 
 // Per example of a block.
 struct Rows {
-  float log_sum[MOST_EXAMPLES];  // ln of the sum of exp(x - largest x)
-  float scale[MOST_EXAMPLES];    // 1 / that sum: the largest probability
-  float entropy[MOST_EXAMPLES];  // nats
+  double log_sum[MOST_EXAMPLES];  // ln of the sum of exp(x - largest x)
+  float scale[MOST_EXAMPLES];     // 1 / that sum: the largest probability
 };
 
 // x [length] becomes x - (largest x of its example), p the probabilities. A NaN, a +inf or a row of
-// -inf makes its whole example NaN, as torch.softmax does. `use` as for load: p and the entropy are
-// 0 where an example is not to be used.
+// -inf makes its whole example NaN, as torch.softmax does. `use` as for load: p is 0 where an example
+// is not to be used.
 inline void softmax_interleaved(int64_t C, const bool* use, float* x, float* p, Rows& rows) {
   constexpr int E = MOST_EXAMPLES;
-  float top[E], sum[E], weighted[E];
-  for (int e = 0; e < E; ++e) top[e] = -INFINITY, sum[e] = 0, weighted[e] = 0;
+  float top[E], sum[E];
+  for (int e = 0; e < E; ++e) top[e] = -INFINITY, sum[e] = 0;
   for (int64_t c = 0; c < C; ++c) {
 #pragma omp simd
     for (int e = 0; e < E; ++e) top[e] = x[c * E + e] > top[e] ? x[c * E + e] : top[e];
   }
-  for (int64_t c = 0; c < C; ++c) {
+  for (int64_t first = 0; first < C; first += 8) {  // sums of 8, then of those: less rounding
+    const int64_t last = first + 8 < C ? first + 8 : C;
+    float part[E] = {};
+    for (int64_t c = first; c < last; ++c) {
 #pragma omp simd
-    for (int e = 0; e < E; ++e) {
-      const float d = x[c * E + e] - top[e];
-      const float y = exp_of(d);
-      x[c * E + e] = d;
-      p[c * E + e] = y;
-      sum[e] += y;
-      weighted[e] += y * (d < -105.0f ? -105.0f : d);  // 0 * -inf is 0 here
+      for (int e = 0; e < E; ++e) {
+        const float d = x[c * E + e] - top[e];
+        const float y = exp_of(d);
+        x[c * E + e] = d;
+        p[c * E + e] = y;
+        part[e] += y;
+      }
     }
+#pragma omp simd
+    for (int e = 0; e < E; ++e) sum[e] += part[e];
   }
+#pragma omp simd
   for (int e = 0; e < E; ++e) {
-    const float inverse = 1.0f / sum[e];
     rows.log_sum[e] = ln_of(sum[e]);
-    rows.scale[e] = use[e] ? inverse : 0.0f;
-    rows.entropy[e] = use[e] ? rows.log_sum[e] - weighted[e] * inverse : 0.0f;
+    rows.scale[e] = use[e] ? 1.0f / sum[e] : 0.0f;
   }
   for (int64_t c = 0; c < C; ++c) {
 #pragma omp simd
@@ -139,26 +142,18 @@ inline void softmax_row(int64_t length, float* x, float* p, Rows& rows) {
   }
   float top = -INFINITY;
   for (int k = 0; k < 16; ++k) top = tops[k] > top ? tops[k] : top;
-  double sum = 0, weighted = 0;
-  for (int64_t begin = 0; begin < length; begin += SEGMENT) {
-    const int64_t end = begin + SEGMENT < length ? begin + SEGMENT : length;
-    float s = 0, w = 0;
-#pragma omp simd reduction(+ : s, w)
-    for (int64_t k = begin; k < end; ++k) {
-      const float d = x[k] - top;
-      const float y = exp_of(d);
-      x[k] = d;
-      p[k] = y;
-      s += y;
-      w += y * (d < -105.0f ? -105.0f : d);
-    }
-    sum += double(s);
-    weighted += double(w);
-  }
-  rows.log_sum[0] = float(std::log(sum));
-  rows.scale[0] = float(1 / sum);
-  rows.entropy[0] = float(std::log(sum) - weighted / sum);
-  for (int64_t k = 0; k < length; ++k) p[k] *= rows.scale[0];
+  const double sum = sum_of(length, [=](int64_t k) {
+    const float d = x[k] - top;
+    const float y = exp_of(d);
+    x[k] = d;
+    p[k] = y;
+    return y;
+  });
+  const float scale = float(1 / sum);
+#pragma omp simd
+  for (int64_t k = 0; k < length; ++k) p[k] *= scale;
+  rows.log_sum[0] = ::log(sum);
+  rows.scale[0] = scale;
 }
 
 inline void softmax(const Logits& L, const Blocks& blocks, const bool* use, float* x, float* p,

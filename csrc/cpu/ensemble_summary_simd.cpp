@@ -9,13 +9,15 @@ struct Scratch {
   float* x;       // [length], the logits of one member
   float* p;       // [M, length], probabilities
   float* mean;    // [length], their mean
+  float* p_ln_p;  // [length], mean of p log2 p
   float* target;  // [M, MOST_EXAMPLES], ln of the probability of the target
 };
 
 Scratch carve(const SummaryJob& job, void* scratch) {
   const int64_t length = blocks_of(job.logits).length;
   float* x = static_cast<float*>(scratch);
-  return {x, x + length, x + (job.logits.M + 1) * length, x + (job.logits.M + 2) * length};
+  float* mean = x + (job.logits.M + 1) * length;
+  return {x, x + length, mean, mean + length, mean + 2 * length};
 }
 
 // One block of examples: those to use, and where in a block their targets stand.
@@ -66,13 +68,12 @@ double brier(const Examples& all, int64_t length, float* p) {
   return sum;
 }
 
-// Everything about one member; leaves its probabilities in at.p, adds them to at.mean, and returns
-// the sum of its entropies.
-double member(const SummaryJob& job, const Blocks& blocks, const Examples& all, int64_t n,
+// Everything about one member; leaves its probabilities in at.p, and adds to at.mean and at.p_ln_p.
+void member(const SummaryJob& job, const Blocks& blocks, const Examples& all, int64_t n,
               int64_t m, const Scratch& at, double* out) {
   const Logits& L = job.logits;
   const int64_t length = blocks.length;
-  float *x = at.x, *p = at.p + m * length, *mean = at.mean;
+  float *x = at.x, *p = at.p + m * length, *mean = at.mean, *p_ln_p = at.p_ln_p;
   double* totals = out + job.bins;
   int32_t label[MOST_EXAMPLES];
   Rows rows = {};
@@ -81,23 +82,24 @@ double member(const SummaryJob& job, const Blocks& blocks, const Examples& all, 
   first_largest(blocks, x, L.C, label);
   softmax(L, blocks, all.use, x, p, rows);
   grade(all, label, rows.scale, job.bins, out, totals);
-  double nll = 0, entropy = 0;
+  double nll = 0;
   for (int e = 0; e < all.count; ++e) {
-    const float ln_p = x[int64_t(all.y[e]) * all.count + e] - rows.log_sum[e];
-    at.target[m * MOST_EXAMPLES + e] = ln_p;
-    nll -= all.use[e] ? double(ln_p) : 0.0;
-    entropy += all.use[e] ? double(rows.entropy[e]) : 0.0;
+    const double ln_p = double(x[int64_t(all.y[e]) * all.count + e]) - rows.log_sum[e];
+    at.target[m * MOST_EXAMPLES + e] = float(ln_p);
+    nll -= all.use[e] ? ln_p : 0.0;
   }
   totals[NLL] += nll;
   totals[BRIER] += brier(all, length, p);
 #pragma omp simd
-  for (int64_t k = 0; k < length; ++k) mean[k] = (m == 0 ? 0.0f : mean[k]) + p[k];
-  return entropy;
+  for (int64_t k = 0; k < length; ++k) {
+    mean[k] = (m == 0 ? 0.0f : mean[k]) + p[k];
+    p_ln_p[k] = (m == 0 ? 0.0f : p_ln_p[k]) + p[k] * log2_of(p[k]);
+  }
 }
 
 // NLL of the averaged probabilities, from the members' ln p: finite where every p underflows.
 double mixture_nll(const Examples& all, int64_t M, const float* target) {
-  float top[MOST_EXAMPLES], sum[MOST_EXAMPLES], nll[MOST_EXAMPLES];
+  float top[MOST_EXAMPLES], sum[MOST_EXAMPLES];
   const int E = all.count == 1 ? 1 : MOST_EXAMPLES;
   for (int e = 0; e < E; ++e) top[e] = -INFINITY, sum[e] = 0;
   for (int64_t m = 0; m < M; ++m) {
@@ -111,10 +113,11 @@ double mixture_nll(const Examples& all, int64_t M, const float* target) {
 #pragma omp simd
     for (int e = 0; e < E; ++e) sum[e] += exp_of(row[e] - top[e]);
   }
-#pragma omp simd
-  for (int e = 0; e < E; ++e) nll[e] = -(top[e] + ln_of(sum[e] / float(M)));
   double total = 0;
-  for (int e = 0; e < E; ++e) total += all.use[e] ? double(nll[e]) : 0.0;
+#pragma omp simd reduction(+ : total)
+  for (int e = 0; e < E; ++e) {
+    total -= all.use[e] ? double(top[e]) + ln_of(sum[e] / float(M)) : 0.0;
+  }
   return total;
 }
 
@@ -124,7 +127,7 @@ namespace LSF_ISA {
 
 int64_t summary_scratch(const SummaryJob& job) {
   const int64_t M = job.logits.M, length = blocks_of(job.logits).length;
-  return int64_t(sizeof(float)) * ((M + 2) * length + M * MOST_EXAMPLES);
+  return int64_t(sizeof(float)) * ((M + 3) * length + M * MOST_EXAMPLES);
 }
 
 void summary_chunk(const SummaryJob& job, Chunk chunk, void* scratch, double* out) {
@@ -132,19 +135,16 @@ void summary_chunk(const SummaryJob& job, Chunk chunk, void* scratch, double* ou
   const Blocks blocks = blocks_of(job.logits);
   const int64_t length = blocks.length;
   const Scratch at = carve(job, scratch);
-  float* mean = at.mean;
+  float *mean = at.mean, *p_ln_p = at.p_ln_p;
   double *histogram = out + M * width, *totals = histogram + job.bins;
   for (int64_t block = chunk.first; block < chunk.last; ++block) {
     const int64_t n = block * blocks.examples;
     const Examples all = examples_of(job, blocks, n);
     if (all.used == 0) continue;
-    double entropies = 0;
-    for (int64_t m = 0; m < M; ++m) {
-      entropies += member(job, blocks, all, n, m, at, out + m * width);
-    }
-    const float share = 1.0f / float(M);
+    for (int64_t m = 0; m < M; ++m) member(job, blocks, all, n, m, at, out + m * width);
+    const float members = float(M);  // divided by: 1 / M is not exact, and its error would not average out
 #pragma omp simd
-    for (int64_t k = 0; k < length; ++k) mean[k] *= share;
+    for (int64_t k = 0; k < length; ++k) mean[k] /= members, p_ln_p[k] /= members;
     int32_t label[MOST_EXAMPLES];
     float confidence[MOST_EXAMPLES] = {};
     first_largest(blocks, mean, C, label);
@@ -152,10 +152,12 @@ void summary_chunk(const SummaryJob& job, Chunk chunk, void* scratch, double* ou
     grade(all, label, confidence, job.bins, histogram, totals);
     totals[NLL] += mixture_nll(all, M, at.target);
     totals[BRIER] += brier(all, length, mean);
-    const double entropy = -double(LN2) * sum_of(length, [=](int64_t k) {
+    totals[ENTROPY] -= double(LN2) * sum_of(length, [=](int64_t k) {
       return mean[k] * log2_of(mean[k]);
     });
-    double information = entropy - entropies / double(M);
+    double information = double(LN2) * sum_of(length, [=](int64_t k) {
+      return p_ln_p[k] - mean[k] * log2_of(mean[k]);
+    });
     if (information < CLOSE * double(all.used)) {
       information = 0;
       for (int64_t m = 0; m < M; ++m) {
@@ -164,7 +166,6 @@ void summary_chunk(const SummaryJob& job, Chunk chunk, void* scratch, double* ou
       }
       information /= double(M);
     }
-    totals[ENTROPY] += entropy;
     totals[INFORMATION] += information;
     totals[EXAMPLES] += all.used;
   }

@@ -4,59 +4,80 @@
 namespace landscape_fast {
 namespace {
 
-// sum (p + q) log2(p + q)
-double mixture(const float* p, const float* q, int64_t length) {
-  return sum_of(length, [=](int64_t k) {
-    const float t = p[k] + q[k];
-    return t * log2_of(t);
+// JS of two members in nats, summed over a block of `examples`. a and b are half their
+// probabilities, a_ln and b_ln half of p log2 p: each class then adds what is already a small
+// difference, and the sum never grows to the size of an entropy.
+double js_of(const float* a, const float* b, const float* a_ln, const float* b_ln, int64_t length,
+             double examples) {
+  const double sum = double(LN2) * sum_of(length, [=](int64_t k) {
+    const float m = a[k] + b[k];
+    return (a_ln[k] + b_ln[k]) - m * log2_of(m);
+  });
+  if (!(sum < CLOSE * examples)) return sum;
+  return 2 * sum_of(length, [=](int64_t k) {
+    const float m = a[k] + b[k];
+    return js_term(a[k], b[k], 0.5f * LN2 * ((a_ln[k] + b_ln[k]) - m * log2_of(m)));
   });
 }
 
-// ln p of a block from d = x - largest x; 0 at the padding. Returns whether a logit was -inf.
-bool log_probabilities(const Blocks& blocks, int64_t C, const Rows& rows, float* d) {
-  const int64_t E = blocks.examples;
-  int infinite = 0;
-  for (int64_t c = 0; c < (E == 1 ? 1 : C); ++c) {
-    const int64_t count = E == 1 ? C : E;
-    float* at = d + c * E;
-#pragma omp simd reduction(| : infinite)
-    for (int64_t e = 0; e < count; ++e) {
-      infinite |= at[e] == -INFINITY;
-      at[e] -= rows.log_sum[E == 1 ? 0 : e];
-    }
-  }
-  for (int64_t k = C * E; k < blocks.length; ++k) d[k] = 0;
-  return infinite != 0;
-}
+struct Member {
+  const float *p, *d;     // probabilities, and x - largest x
+  const double* log_sum;  // [MOST_EXAMPLES]
+  double log_sums;        // of the block
+  bool infinite;          // whether a logit is -inf
+};
 
-// KL of member i from member j, summed over a block, `l` being ln p.
-double kl_of(const float* p, const float* q, const float* l, const float* r, bool infinite,
-             int64_t length, double examples) {
-  if (!infinite) {
-    const double sum = sum_of(length, [=](int64_t k) { return p[k] * (l[k] - r[k]); });
+// KL of member i from member j in nats, summed over a block. `shift` is scratch [length].
+double kl_of(const Member& i, const Member& j, const Blocks& blocks, float* shift,
+             double examples) {
+  const float *p = i.p, *q = j.p, *d = i.d, *r = j.d;
+  if (!i.infinite && !j.infinite) {
+    const double sum = sum_of(blocks.length, [=](int64_t k) { return p[k] * (d[k] - r[k]); }) -
+                       (i.log_sums - j.log_sums);
     if (!(sum < CLOSE * examples)) return sum;
-    return sum_of(length, [=](int64_t k) { return kl_term_log(p[k], q[k], r[k] - l[k]); });
   }
-  return sum_of(length, [=](int64_t k) {  // 0 ln 0 = 0, and ln q = -inf counts where p > 0
+  float ratio[MOST_EXAMPLES];  // ln of the ratio of the sums, per example
+  const bool row = blocks.examples == 1;
+  for (int e = 0; e < MOST_EXAMPLES; ++e) {
+    ratio[e] = float(i.log_sum[row ? 0 : e] - j.log_sum[row ? 0 : e]);
+  }
+  for (int64_t k = 0; k < blocks.length; k += 16) {
+    memcpy(shift + k, ratio + k % MOST_EXAMPLES, 16 * sizeof(float));
+  }
+  return sum_of(blocks.length, [=](int64_t k) {  // 0 ln 0 = 0, and ln q = -inf counts where p > 0
     const bool none = p[k] == 0.0f, never = r[k] == -INFINITY;
-    const float term = kl_term_log(p[k], q[k], none || never ? 0.0f : r[k] - l[k]);
+    const float term = kl_term_log(p[k], q[k], none || never ? 0.0f : (r[k] - d[k]) + shift[k]);
     return none ? q[k] : never ? INFINITY : term;
   });
 }
 
+// Whether a logit is -inf; the padding becomes 0.
+bool has_infinite(const Blocks& blocks, int64_t C, float* d) {
+  int found = 0;
+#pragma omp simd reduction(| : found)
+  for (int64_t k = 0; k < C * blocks.examples; ++k) found |= d[k] == -INFINITY;
+  for (int64_t k = C * blocks.examples; k < blocks.length; ++k) d[k] = 0;
+  return found != 0;
+}
+
 struct Scratch {
+  Rows* rows;       // [M]
+  Member* members;  // [M]
   float* p;         // [M, length]
-  float* l;         // [M, length]
-  double* entropy;  // [M], of a block
-  bool* infinite;   // [M]
+  float* d;         // [M, length]; for JS p log2 p
+  float* shift;     // [length]
 };
 
-Scratch carve(const Logits& logits, void* scratch) {
-  const int64_t length = blocks_of(logits).length;
-  float* p = static_cast<float*>(scratch);
-  float* l = p + logits.M * length;
-  double* entropy = reinterpret_cast<double*>(l + logits.M * length);
-  return {p, l, entropy, reinterpret_cast<bool*>(entropy + logits.M)};
+int64_t scratch_bytes(const Logits& logits, int64_t length) {
+  return logits.M * int64_t(sizeof(Rows) + sizeof(Member)) +
+         (2 * logits.M + 1) * length * int64_t(sizeof(float));
+}
+
+Scratch carve(const Logits& logits, int64_t length, void* scratch) {
+  Rows* rows = static_cast<Rows*>(scratch);
+  Member* members = reinterpret_cast<Member*>(rows + logits.M);
+  float* p = reinterpret_cast<float*>(members + logits.M);
+  return {rows, members, p, p + logits.M * length, p + 2 * logits.M * length};
 }
 
 template <class T>
@@ -84,50 +105,47 @@ void agreement_as(const Labels& labels, int64_t first, int64_t last, int64_t* ou
 namespace LSF_ISA {
 
 int64_t divergence_scratch(const Logits& logits) {
-  const int64_t length = blocks_of(logits).length;
-  return logits.M * (2 * length * int64_t(sizeof(float)) + int64_t(sizeof(double)) + 1);
+  return scratch_bytes(logits, blocks_of(logits).length);
 }
 
 void divergence_chunk(const Logits& logits, Divergence kind, Chunk chunk, void* scratch,
                       double* out) {
-  const int64_t M = logits.M, C = logits.C;
+  const int64_t M = logits.M;
   const Blocks blocks = blocks_of(logits);
   const int64_t length = blocks.length;
-  const Scratch at = carve(logits, scratch);
-  Rows rows;
+  const Scratch at = carve(logits, length, scratch);
   for (int64_t block = chunk.first; block < chunk.last; ++block) {
     const int64_t n = block * blocks.examples;
     const int64_t valid = logits.N - n < blocks.examples ? logits.N - n : blocks.examples;
     bool use[MOST_EXAMPLES];
     for (int e = 0; e < MOST_EXAMPLES; ++e) use[e] = e < valid;
     for (int64_t m = 0; m < M; ++m) {
-      float* x = kind == Divergence::kl ? at.l + m * length : at.l;
-      load(logits, m, n, valid, use, blocks, x);
-      softmax(logits, blocks, use, x, at.p + m * length, rows);
-      double entropy = 0;
-      for (int64_t e = 0; e < valid; ++e) entropy += double(rows.entropy[e]);
-      at.entropy[m] = entropy;
-      out[m * M + m] += entropy - entropy;  // 0, or NaN where an example of the member is
-      if (kind == Divergence::kl) at.infinite[m] = log_probabilities(blocks, C, rows, x);
-    }
-    for (int64_t i = 0; i < M; ++i) {
-      const float* p = at.p + i * length;
+      float *p = at.p + m * length, *d = at.d + m * length;
+      Rows& rows = at.rows[m];
+      load(logits, m, n, valid, use, blocks, d);
+      softmax(logits, blocks, use, d, p, rows);
+      double log_sums = 0, nothing = 0;
+      for (int64_t e = 0; e < valid; ++e) log_sums += rows.log_sum[e];
+      for (int64_t e = 0; e < valid; ++e) nothing += rows.log_sum[e] - rows.log_sum[e];
+      out[m * M + m] += nothing;  // 0, or NaN where an example of the member is
       if (kind == Divergence::js) {
-        for (int64_t j = i + 1; j < M; ++j) {
-          const float* q = at.p + j * length;
-          double sum = double(LN2) * (double(valid) - 0.5 * mixture(p, q, length)) -
-                       0.5 * (at.entropy[i] + at.entropy[j]);
-          if (sum < CLOSE * double(valid)) {
-            sum = sum_of(length, [=](int64_t k) { return js_term(p[k], q[k]); });
-          }
-          out[i * M + j] += sum;
+#pragma omp simd
+        for (int64_t k = 0; k < length; ++k) {
+          d[k] = 0.5f * p[k] * log2_of(p[k]);
+          p[k] *= 0.5f;
         }
       } else {
-        for (int64_t j = 0; j < M; ++j) {
-          if (j == i) continue;
-          out[i * M + j] += kl_of(p, at.p + j * length, at.l + i * length, at.l + j * length,
-                                  at.infinite[i] || at.infinite[j], length, double(valid));
-        }
+        at.members[m] = {p, d, rows.log_sum, log_sums, has_infinite(blocks, logits.C, d)};
+      }
+    }
+    for (int64_t i = 0; i < M; ++i) {
+      const float *a = at.p + i * length, *a_ln = at.d + i * length;
+      for (int64_t j = kind == Divergence::js ? i + 1 : 0; j < M; ++j) {
+        if (j == i) continue;
+        out[i * M + j] +=
+            kind == Divergence::js
+                ? js_of(a, at.p + j * length, a_ln, at.d + j * length, length, double(valid))
+                : kl_of(at.members[i], at.members[j], blocks, at.shift, double(valid));
       }
     }
   }

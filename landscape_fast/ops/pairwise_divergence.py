@@ -58,7 +58,7 @@ def pairwise_divergence(logits: Tensor, kind: str = "js", *, backend: str = "aut
 
     Cost: one read of the logits; M * N * C exponentials, and for "js" half as many logarithms per
         pair of members; no temporary of the size of the logits on the CPU. Members that are nearly
-        equal keep their digits: where a block's mean is below 1e-3 nats it is summed again from
+        equal keep their digits: where a block's mean is below 4e-3 nats it is summed again from
         terms without cancellation. "js" and "kl" are differentiable to any order; "disagreement"
         is constant almost everywhere, and its result requires no gradient.
 
