@@ -1,0 +1,16 @@
+"""The cases of every op: shapes, the work nobody can avoid, contestants, and targets as data."""
+
+import importlib
+
+OPS = (
+    "batch_ensemble_linear",
+    "pairwise_divergence",
+    "ensemble_summary",
+    "combine",
+    "pairwise_disagreement",
+)
+
+
+def cases(op: str, device: str, quick: bool = False) -> list:
+    """The cases of `op` for a device type; with `quick`, tiny ones that only show that all runs."""
+    return importlib.import_module(f"bench.cases.{op}").cases(device, quick)

@@ -1,0 +1,190 @@
+"""Every op as the GPU tests call it: inputs, the call, the definition, and the dtypes it takes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from landscape_fast.ops import _dispatch
+from landscape_fast.ops.batch_ensemble_linear import (
+    batch_ensemble_linear,
+    batch_ensemble_linear_reference,
+)
+from landscape_fast.ops.combine import combine, combine_reference
+from landscape_fast.ops.ensemble_summary import ensemble_summary, ensemble_summary_reference
+from landscape_fast.ops.pairwise_divergence import (
+    pairwise_disagreement,
+    pairwise_disagreement_reference,
+    pairwise_divergence,
+    pairwise_divergence_reference,
+)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Entry(NamedTuple):
+    """One way to call an op; `make(scale)` gives CPU inputs, larger ones for a larger scale."""
+
+    name: str
+    op: str  # its name in the dispatch table
+    call: Callable
+    reference: Callable
+    make: Callable[[int], list[torch.Tensor]]
+    gradients: bool = True
+
+    def inputs(self, dtype: torch.dtype, scale: int = 1, device="cuda") -> list[torch.Tensor]:
+        """Inputs on the device; floating ones in `dtype`."""
+        torch.manual_seed(1)
+        made = self.make(scale)
+        return [t.to(device, dtype if t.is_floating_point() else t.dtype) for t in made]
+
+    def backends(self, dtype: torch.dtype) -> list[str]:
+        """The kernels this entry has on CUDA for that dtype of its floating inputs."""
+        declared = _dispatch.OPS[self.op]
+        made = self.make(1)
+        if not any(t.is_floating_point() for t in made):  # one run for all of FLOATS
+            dtype = made[0].dtype if dtype == torch.float32 else None
+        return [n for n in declared if n in ("triton", "cuda") and dtype in declared[n]]
+
+    def low(self) -> torch.dtype:
+        """bfloat16 where a kernel takes it."""
+        return torch.bfloat16 if self.backends(torch.bfloat16) else torch.float32
+
+    def kernel(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of the preferred kernel, even where "auto" expects something quicker."""
+        dtype = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)
+        got = self.call(*inputs, backend=self.backends(dtype)[0])
+        return [got] if isinstance(got, torch.Tensor) else list(got)
+
+    def step(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs, and gradients of all floating inputs for an incoming gradient of ones."""
+        if not self.gradients:
+            return self.kernel(*inputs)
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        outputs = self.kernel(*leaves)
+        grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+        return [y.detach() for y in outputs] + list(grads)
+
+
+def _linear(rows: Callable, M=3, I=70, O=45):
+    def make(scale):
+        B, i, o = 37 * scale, I * scale, O * scale
+        return [
+            torch.randn(rows(M, B, i)),
+            torch.randn(o, i) / i**0.5,
+            1 + 0.3 * torch.randn(M, i),
+            1 + 0.3 * torch.randn(M, o),
+            torch.randn(M, o),
+        ]
+
+    return make
+
+
+def _flat(scale):
+    return [torch.randn(5, 3), torch.randn(3, 1237 * scale**2)]
+
+
+SIZES = (700, 1, 0, 330)
+
+
+def _layers(scale):
+    return [torch.randn(5, len(SIZES), 3), torch.randn(3, sum(SIZES))]
+
+
+def _listed(scale):
+    shapes = ((7, 3, 3, 3), (7,), (1,), (129 * scale, 65 * scale), (0, 4))
+    return [torch.randn(5, 3), *[torch.randn(3, *shape) for shape in shapes]]
+
+
+def _logits(M, N, C):
+    return lambda scale: [3 * torch.randn(M, N * scale, C * scale)]
+
+
+def _labels(dtype):
+    return lambda scale: [torch.randint(5, (6, 1003 * scale)).to(dtype)]
+
+
+def _targets(scale):
+    N, C = 501 * scale, 13 * scale
+    return [3 * torch.randn(4, N, C), torch.randint(C, (N,))]
+
+
+def _on_list(function, coeffs, *anchors, **options):
+    return function(coeffs, list(anchors), **options)
+
+
+def _linear_entries():
+    shapes = {
+        "member_major": lambda M, B, I: (M, B, I),
+        "batch_major": lambda M, B, I: (B, M, I),
+        "folded": lambda M, B, I: (M * B, I),
+        "shared": lambda M, B, I: (B, I),
+    }
+    for name, rows in shapes.items():
+        options = {"layout": "member_major" if name == "shared" else name}
+        yield Entry(
+            f"linear {name}",
+            "batch_ensemble_linear",
+            partial(batch_ensemble_linear, **options),
+            partial(batch_ensemble_linear_reference, **options),
+            _linear(rows),
+        )
+
+
+def _divergence_entries():
+    for kind in ("js", "kl", "disagreement"):
+        for classes in (10, 131):
+            yield Entry(
+                f"{kind} of {classes} classes",
+                "pairwise_divergence",
+                partial(pairwise_divergence, kind=kind),
+                partial(pairwise_divergence_reference, kind=kind),
+                _logits(6, 203, classes),
+                gradients=kind != "disagreement",
+            )
+
+
+ENTRIES = (
+    *_linear_entries(),
+    Entry("combine flat", "combine", combine, combine_reference, _flat),
+    Entry(
+        "combine layers",
+        "combine",
+        partial(combine, sizes=SIZES),
+        partial(combine_reference, sizes=SIZES),
+        _layers,
+    ),
+    Entry(
+        "combine list",
+        "combine",
+        partial(_on_list, combine),
+        partial(_on_list, combine_reference),
+        _listed,
+    ),
+    *_divergence_entries(),
+    Entry(
+        "disagreement of int64 labels",
+        "pairwise_disagreement",
+        pairwise_disagreement,
+        pairwise_disagreement_reference,
+        _labels(torch.int64),
+        gradients=False,
+    ),
+    Entry(
+        "disagreement of uint8 labels",
+        "pairwise_disagreement",
+        pairwise_disagreement,
+        pairwise_disagreement_reference,
+        _labels(torch.uint8),
+        gradients=False,
+    ),
+    Entry(
+        "summary",
+        "ensemble_summary",
+        ensemble_summary,
+        ensemble_summary_reference,
+        _targets,
+        gradients=False,
+    ),
+)
