@@ -75,12 +75,18 @@ def diversity_points(labels: Tensor, base: Tensor, targets: Tensor) -> Diversity
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     op = "diversity_points"
-    require(labels.ndim == 2 and labels.shape[1] >= 1, op, "labels", "[M, N] with N at least 1",
-            list(labels.shape))
+    require(
+        labels.ndim == 2 and labels.shape[1] >= 1,
+        op,
+        "labels",
+        "[M, N] with N at least 1",
+        list(labels.shape),
+    )
     rows = labels.shape[1]
     require(list(base.shape) == [rows], op, "base", f"[N] with N = {rows}", list(base.shape))
-    require(list(targets.shape) == [rows], op, "targets", f"[N] with N = {rows}",
-            list(targets.shape))
+    require(
+        list(targets.shape) == [rows], op, "targets", f"[N] with N = {rows}", list(targets.shape)
+    )
     wrong = (labels != targets).double().mean(1)
     disagreement = (labels != base).double().mean(1)
     base_accuracy = (base == targets).double().mean()
@@ -124,8 +130,13 @@ def lower_limit(accuracy: Tensor, base_accuracy: float, classes: int) -> Tensor:
     Source: Fort et al. 2019, appendix D.2.
     """
     _check_plane("lower_limit", base_accuracy, classes)
-    require(classes * base_accuracy > 1, "lower_limit", "base_accuracy",
-            f"above chance, 1 / C = {1 / classes:.4g}", base_accuracy)
+    require(
+        classes * base_accuracy > 1,
+        "lower_limit",
+        "base_accuracy",
+        f"above chance, 1 / C = {1 / classes:.4g}",
+        base_accuracy,
+    )
     limit = (classes - 1) * (base_accuracy - accuracy) / (classes * base_accuracy - 1)
     return limit.clamp(min=0)
 
@@ -162,8 +173,13 @@ def diagnose(logits: Tensor, targets: Tensor) -> list[str]:
         logits: [M, N, C] with M at least 2.
         targets: [N] true classes.
     """
-    require(logits.ndim == 3 and logits.shape[0] >= 2, "diagnose", "logits",
-            "[M, N, C] with M at least 2", list(logits.shape))
+    require(
+        logits.ndim == 3 and logits.shape[0] >= 2,
+        "diagnose",
+        "logits",
+        "[M, N, C] with M at least 2",
+        list(logits.shape),
+    )
     pairs, summary = pair_diversity(logits), ensemble_summary(logits, targets)
     member, together = float(summary.member_accuracy.mean()), float(summary.accuracy)
     disagreement, error = float(pairs.mean_disagreement), 1 - member
@@ -176,10 +192,14 @@ def diagnose(logits: Tensor, targets: Tensor) -> list[str]:
         f"mutual information {float(summary.mutual_information):.2e} nats",
     ]
     if share < NEARLY_IDENTICAL:
-        lines.append("WARNING: the members are nearly identical; as an ensemble they are worth "
-                     "little more than one network")
-    elif together <= member:
-        lines.append("WARNING: the mean prediction is no more accurate than the mean member")
+        lines.append(
+            "WARNING: the members are nearly identical; as an ensemble they are worth "
+            "little more than one network"
+        )
+    elif together - member < 0.5 / len(targets):  # half a row: rounding is not a gain
+        lines.append(
+            "WARNING: on these rows the mean prediction is no more accurate than the mean member"
+        )
     return lines
 
 

@@ -6,16 +6,24 @@ display, belong to no global state, and are freed like any other object.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from landscape_fast.landscape._figure import (
+    MARKERS,
+    method_colour,
+    method_name,
+    new_figure,
+    short_number,
+    styled,
+    text_colour,
+)
 from landscape_fast.landscape.diversity import (
     DiversityPoints,
     lower_limit,
@@ -29,37 +37,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe-Ito colours, told apart by colour-blind readers; markers say the same without colour.
-COLOURS = {"single": "#757575", "deep": "#0072B2", "batch": "#D55E00"}
-MARKERS = {"single": "*", "deep": "o", "batch": "D"}
-NAMES = {"single": "Single network", "deep": "Deep ensemble", "batch": "BatchEnsemble"}
-_MORE_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLE = {
-    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.8, "legend.frameon": False, "savefig.dpi": 150, "figure.dpi": 100,
-}
 _LARGEST_ANNOTATED = 12
 _FEW_ROWS = 10
-_Plot = TypeVar("_Plot", bound=Callable)
 
 
-def _styled(plot: _Plot) -> _Plot:
-    """Runs a plotting function under this module's style, with a clear error without matplotlib."""
-    @functools.wraps(plot)
-    def run(*args, **kwargs):
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise ImportError(f"{plot.__name__}: matplotlib must be installed; got no such module; "
-                              "pip install 'landscape-fast[plot]'") from error
-        with matplotlib.rc_context(_STYLE):
-            return plot(*args, **kwargs)
-
-    return run
-
-
-@_styled
+@styled
 def heat_maps(matrices: Mapping[str, Mapping[str, Tensor]], title: str = "") -> Figure:
     """Pairwise disagreement and Jensen-Shannon divergence of every method, one row per method.
 
@@ -73,25 +55,27 @@ def heat_maps(matrices: Mapping[str, Mapping[str, Tensor]], title: str = "") -> 
         cells for M up to 12. The diagonal, always 0, is left grey.
     """
     require(len(matrices) >= 1, "heat_maps", "matrices", "of at least one method", "none")
-    kinds = (("disagreement", "Disagreement (% of test rows)", "%", 100.0),
-             ("js", "Jensen–Shannon divergence (10⁻³ nats)", "×10⁻³ nats", 1000.0))
+    kinds = (
+        ("disagreement", "Disagreement (% of test rows)", "%", 100.0),
+        ("js", "Jensen–Shannon divergence (10⁻³ nats)", "×10⁻³ nats", 1000.0),
+    )
     members = max(pair["js"].shape[0] for pair in matrices.values())
     side = max(3.0, min(7.0, 0.6 * members + 0.8))
-    figure = _figure(2 * side + 2.6, (side + 0.5) * len(matrices) + (0.5 if title else 0))
+    figure = new_figure(2 * side + 2.6, (side + 0.5) * len(matrices) + (0.5 if title else 0))
     axes = figure.subplots(len(matrices), 2, squeeze=False)
     for column, (kind, name, unit, scale) in enumerate(kinds):
         values = {m: pair[kind].detach().double().cpu() * scale for m, pair in matrices.items()}
         top = max(float(value.max()) for value in values.values()) or 1.0
         for axis, (method, value) in zip(axes[:, column], values.items(), strict=True):
             image = _heat_map(axis, value, top)
-            axis.set_title(f"{_name(method)}: {_headline(value, unit)}")
+            axis.set_title(f"{method_name(method)}: {_headline(value, unit)}")
         figure.colorbar(image, ax=axes[:, column], label=name, shrink=0.95, aspect=30)
     if title:
         figure.suptitle(title, fontsize=13, fontweight="bold")
     return figure
 
 
-@_styled
+@styled
 def reliability_diagram(curves: Mapping[str, ReliabilityBins], title: str = "") -> Figure:
     """Accuracy against confidence of every method, above the number of rows in each bin.
 
@@ -105,31 +89,43 @@ def reliability_diagram(curves: Mapping[str, ReliabilityBins], title: str = "") 
         Bins of fewer than 10 rows, whose accuracy says little, are pale.
     """
     require(len(curves) >= 1, "reliability_diagram", "curves", "of at least one method", "none")
-    figure = _figure(0.8 + 3.3 * len(curves), 5.2 + (0.3 if title else 0))
-    axes = figure.subplots(2, len(curves), squeeze=False, sharex=True, sharey="row",
-                           height_ratios=[3, 1.1])
+    figure = new_figure(0.8 + 3.3 * len(curves), 5.2 + (0.3 if title else 0))
+    axes = figure.subplots(
+        2, len(curves), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1.1]
+    )
     for column, (method, curve) in enumerate(curves.items()):
         _calibration(axes[0, column], curve, method)
         _counts(axes[1, column], curve, method)
-        axes[0, column].set_title(f"{_name(method)}   ECE {float(curve.ece):.2%}")
+        axes[0, column].set_title(f"{method_name(method)}   ECE {float(curve.ece):.2%}")
         axes[1, column].set_xlabel("Confidence (largest probability)")
     axes[0, 0].set_ylabel("Accuracy (fraction right)")
     axes[1, 0].set_ylabel("Test rows")
     from matplotlib.patches import Patch
 
     figure.legend(
-        handles=[Patch(color="#757575", label=f"accuracy (pale: fewer than {_FEW_ROWS} rows)"),
-                 Patch(facecolor="none", edgecolor="#222222", hatch="/////",
-                       label="gap to mean confidence"), *axes[0, 0].get_lines()],
-        loc="outside lower center", ncols=3, fontsize=9)
+        handles=[
+            Patch(color="#757575", label=f"accuracy (pale: fewer than {_FEW_ROWS} rows)"),
+            Patch(
+                facecolor="none", edgecolor="#222222", hatch="/////", label="gap to mean confidence"
+            ),
+            *axes[0, 0].get_lines(),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        fontsize=9,
+    )
     if title:
         figure.suptitle(title, fontsize=13, fontweight="bold")
     return figure
 
 
-@_styled
-def accuracy_diversity(points: Mapping[str, DiversityPoints], classes: int, title: str = "",
-                       limits_of: str | None = None) -> Figure:
+@styled
+def accuracy_diversity(
+    points: Mapping[str, DiversityPoints],
+    classes: int,
+    title: str = "",
+    limits_of: str | None = None,
+) -> Figure:
     """Members in the plane of accuracy against normalised disagreement with their base.
 
     Args:
@@ -146,40 +142,72 @@ def accuracy_diversity(points: Mapping[str, DiversityPoints], classes: int, titl
     """
     require(len(points) >= 1, "accuracy_diversity", "points", "of at least one method", "none")
     limits_of = next(iter(points)) if limits_of is None else limits_of
-    figure = _figure(7.4, 5.0)
+    figure = new_figure(7.4, 5.0)
     axis = figure.subplots()
-    everything = torch.cat([torch.cat([p.accuracy, p.base_accuracy[None]])
-                            for p in points.values()]).double().cpu()
+    everything = (
+        torch.cat([torch.cat([p.accuracy, p.base_accuracy[None]]) for p in points.values()])
+        .double()
+        .cpu()
+    )
     low, high = float(everything.min()), float(everything.max())
     margin = max(0.35 * (high - low), 0.15 * (1 - low), 0.002)
     left, right = max(0.0, low - margin), min(1.0, high + margin)
     top = _limits(axis, left, right, float(points[limits_of].base_accuracy), classes)
     for place, (method, point) in enumerate(points.items()):
-        _members(axis, point, method, _colour(method, place))
+        # smaller from place to place, so that bases of the same accuracy stay visible
+        _members(axis, point, method, method_colour(method, place), star=380 / (1 + place))
     finite = torch.cat([p.normalised for p in points.values()]).cpu()
     finite = finite[finite.isfinite()]
     top = max(top, float(finite.max()) if len(finite) else 0.0)
-    axis.set(xlim=(100 * left, 100 * right), ylim=(-0.04 * top, 1.12 * top),
-             xlabel="Test accuracy of the member (%)",
-             ylabel="Diversity: disagreement with the base / error of the member",
-             title=title or "Accuracy against diversity")
+    axis.set(
+        xlim=(100 * left, 100 * right),
+        ylim=(-0.04 * top, 1.12 * top),
+        xlabel="Test accuracy of the member (%)",
+        ylabel="Diversity: disagreement with the base / error of the member",
+        title=title or "Accuracy against diversity",
+    )
     axis.grid(True)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, labelspacing=0.9)
     return figure
 
 
-def _members(axis: Axes, point: DiversityPoints, method: str, colour: str) -> None:
+def _members(axis: Axes, point: DiversityPoints, method: str, colour: str, star: float) -> None:
     places = Counter(zip((100 * point.accuracy).tolist(), point.normalised.tolist(), strict=True))
     x, y = zip(*places, strict=True) if places else ((), ())
-    axis.scatter(100 * float(point.base_accuracy), 0, s=260, marker="*", facecolors="white",
-                 edgecolors=colour, linewidths=1.6, zorder=3, clip_on=False,
-                 label=f"{_name(method)}: first member (base)")
-    axis.scatter(x, y, s=62, marker=MARKERS.get(method, "s"), color=colour, edgecolors="white",
-                 linewidths=0.9, zorder=4, label=f"{_name(method)}: other members")
+    axis.scatter(
+        100 * float(point.base_accuracy),
+        0,
+        s=star,
+        marker="*",
+        facecolors="white",
+        edgecolors=colour,
+        linewidths=1.5,
+        zorder=3,
+        clip_on=False,
+        label=f"{method_name(method)}: first member (base)",
+    )
+    axis.scatter(
+        x,
+        y,
+        s=62,
+        marker=MARKERS.get(method, "s"),
+        color=colour,
+        edgecolors="white",
+        linewidths=0.9,
+        zorder=4,
+        label=f"{method_name(method)}: other members",
+    )
     for (a, d), count in places.items():
         if count > 1 and math.isfinite(d):
-            axis.annotate(f"×{count}", (a, d), xytext=(7, 5), textcoords="offset points",
-                          color=colour, fontsize=9, fontweight="bold")
+            axis.annotate(
+                f"×{count}",
+                (a, d),
+                xytext=(7, 5),
+                textcoords="offset points",
+                color=colour,
+                fontsize=9,
+                fontweight="bold",
+            )
 
 
 def _limits(axis: Axes, left: float, right: float, base: float, classes: int) -> float:
@@ -187,13 +215,32 @@ def _limits(axis: Axes, left: float, right: float, base: float, classes: int) ->
     grid = torch.linspace(left, min(right, 1 - 1e-4), 400, dtype=torch.float64)
     upper = upper_limit(grid, base, classes) / (1 - grid)
     near = grid <= base + 0.5 * (right - base)  # beyond, the division by the error runs away
-    axis.plot(100 * grid[near], upper[near], "--", color="#222222", lw=1.3,
-              label=f"upper limit: independent errors\n(base {100 * base:.1f}%)")
+    axis.plot(
+        (100 * grid[near]).numpy(),
+        upper[near].numpy(),
+        "--",
+        color="#222222",
+        lw=1.3,
+        label=f"upper limit: independent errors\n(base {100 * base:.1f}%)",
+    )
     below = grid[grid <= base]
     lower = lower_limit(below, base, classes) / (1 - below)
-    axis.plot(100 * below, lower, ":", color="#222222", lw=1.6,
-              label="lower limit: randomly replaced\nlabels of the base")
-    axis.fill_between(100 * below, lower, upper[: len(below)], color="#0072B2", alpha=0.05, lw=0)
+    axis.plot(
+        (100 * below).numpy(),
+        lower.numpy(),
+        ":",
+        color="#222222",
+        lw=1.6,
+        label="lower limit: randomly replaced\nlabels of the base",
+    )
+    axis.fill_between(
+        (100 * below).numpy(),
+        lower.numpy(),
+        upper[: len(below)].numpy(),
+        color="#0072B2",
+        alpha=0.05,
+        lw=0,
+    )
     return float(upper[grid <= base].max())
 
 
@@ -209,8 +256,15 @@ def _heat_map(axis: Axes, value: Tensor, top: float):
         for i in range(members):
             for j in range(members):
                 if i != j:
-                    axis.text(j, i, _number(float(value[i, j])), ha="center", va="center",
-                              color="white" if value[i, j] > 0.55 * top else "#1A1A1A")
+                    cell = float(value[i, j])
+                    axis.text(
+                        j,
+                        i,
+                        short_number(cell),
+                        ha="center",
+                        va="center",
+                        color=text_colour(image.cmap(image.norm(cell))),
+                    )
     inner = [m - 0.5 for m in range(1, members)]
     axis.set_xticks(inner, minor=True)
     axis.set_yticks(inner, minor=True)
@@ -223,28 +277,26 @@ def _heat_map(axis: Axes, value: Tensor, top: float):
 def _headline(value: Tensor, unit: str) -> str:
     if value.shape[0] < 2:
         return "one member"
-    mean = _number(float(off_diagonal_mean(value)))
+    mean = short_number(float(off_diagonal_mean(value)))
     return f"mean {mean}{'' if unit == '%' else ' '}{unit}"
 
 
-def _number(value: float) -> str:
-    """Two decimals, or three significant digits where that is more or less."""
-    if value == 0:
-        return "0"
-    if 0.095 <= value < 100:
-        return f"{value:.2f}" if value < 10 else f"{value:.1f}"
-    return f"{value:.2g}" if value < 1 else f"{value:.0f}"
-
-
 def _calibration(axis: Axes, curve: ReliabilityBins, method: str) -> None:
-    edges, used = curve.edges.cpu(), (curve.counts > 0).cpu()
-    width = float(edges[1] - edges[0])
-    centre = ((edges[:-1] + edges[1:]) / 2)[used]
-    accuracy, confidence = curve.accuracy.cpu()[used], curve.confidence.cpu()[used]
-    bars = axis.bar(centre, accuracy, 0.92 * width, color=_colour(method, 0))
-    gaps = axis.bar(centre, confidence - accuracy, 0.92 * width, bottom=accuracy, facecolor="none",
-                    edgecolor="#222222", hatch="/////", linewidth=0.8)
-    for bar, gap, count in zip(bars, gaps, curve.counts.cpu()[used], strict=True):
+    centre, width, counts = _bins(curve)
+    used = counts > 0
+    accuracy, confidence = curve.accuracy.cpu().numpy()[used], curve.confidence.cpu().numpy()[used]
+    bars = axis.bar(centre[used], accuracy, 0.92 * width, color=method_colour(method, 0))
+    gaps = axis.bar(
+        centre[used],
+        confidence - accuracy,
+        0.92 * width,
+        bottom=accuracy,
+        facecolor="none",
+        edgecolor="#222222",
+        hatch="/////",
+        linewidth=0.8,
+    )
+    for bar, gap, count in zip(bars, gaps, counts[used], strict=True):
         if count < _FEW_ROWS:
             bar.set_alpha(0.25)
             gap.set_edgecolor("#9A9A9A")
@@ -253,31 +305,22 @@ def _calibration(axis: Axes, curve: ReliabilityBins, method: str) -> None:
     axis.grid(True, axis="y")
 
 
+def _bins(curve: ReliabilityBins) -> tuple[np.ndarray, float, np.ndarray]:
+    edges = curve.edges.cpu().numpy()
+    return (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0], curve.counts.cpu().numpy()
+
+
 def _counts(axis: Axes, curve: ReliabilityBins, method: str) -> None:
-    edges, counts = curve.edges.cpu(), curve.counts.cpu()
-    width = float(edges[1] - edges[0])
-    centre = (edges[:-1] + edges[1:]) / 2
-    axis.bar(centre, counts, 0.94 * width, color=_colour(method, 0), alpha=0.55)
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    centre, width, counts = _bins(curve)
+    axis.bar(centre, counts, 0.94 * width, color=method_colour(method, 0), alpha=0.55)
     axis.set_yscale("log")
-    axis.set_ylim(0.7, 4.0 * float(counts.max()))
+    axis.set_ylim(0.7, 6.0 * float(counts.max()))
+    axis.yaxis.set_major_locator(LogLocator(numticks=7))
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_minor_locator(NullLocator())
     for x, count in zip(centre.tolist(), counts.tolist(), strict=True):
         if count:
             axis.text(x, count * 1.15, str(count), ha="center", va="bottom", fontsize=7)
     axis.grid(True, axis="y")
-
-
-def _name(method: str) -> str:
-    return NAMES.get(method, method)
-
-
-def _colour(method: str, place: int) -> str:
-    return COLOURS.get(method, _MORE_COLOURS[place % len(_MORE_COLOURS)])
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

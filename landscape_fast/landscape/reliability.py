@@ -45,11 +45,17 @@ def reliability_bins(probabilities: Tensor, targets: Tensor, bins: int = 15) -> 
         tensor([0, 0, 0, 2, 1])
     """
     op = "reliability_bins"
-    require(probabilities.ndim == 2 and probabilities.shape[0] >= 1, op, "probabilities",
-            "[N, C] with N at least 1", list(probabilities.shape))
+    require(
+        probabilities.ndim == 2 and probabilities.shape[0] >= 1,
+        op,
+        "probabilities",
+        "[N, C] with N at least 1",
+        list(probabilities.shape),
+    )
     rows = probabilities.shape[0]
-    require(list(targets.shape) == [rows], op, "targets", f"[N] with N = {rows}",
-            list(targets.shape))
+    require(
+        list(targets.shape) == [rows], op, "targets", f"[N] with N = {rows}", list(targets.shape)
+    )
     require(isinstance(bins, int) and bins >= 1, op, "bins", "an integer of at least 1", bins)
     confidence, labels = probabilities.max(dim=1)
     right = (labels == targets).double()

@@ -52,11 +52,25 @@ def train_batch_ensemble(
     with torch.no_grad():
         network.eval()
         shape = list(network(x[:1].to(device)).shape)
-    require(len(shape) == 3, "train_batch_ensemble", "build",
-            "a function making a network that maps [B, ...] to [M, B, C]", f"output {shape}",
-            "give its layers members=, or call landscape_fast.nn.convert_")
+    require(
+        len(shape) == 3,
+        "train_batch_ensemble",
+        "build",
+        "a function making a network that maps [B, ...] to [M, B, C]",
+        f"output {shape}",
+        "give its layers members=, or call landscape_fast.nn.convert_",
+    )
     path = None if directory is None else Path(directory) / "batch.pt"
-    history = fit(network, x, y, config, label=f"BatchEnsemble of {shape[0]}", checkpoint=path,
-                  identity={"method": "batch"}, resume=resume, progress=progress,
-                  on_step=on_step)
+    history = fit(
+        network,
+        x,
+        y,
+        config,
+        label=f"BatchEnsemble of {shape[0]}",
+        checkpoint=path,
+        identity={"method": "batch"},
+        resume=resume,
+        progress=progress,
+        on_step=on_step,
+    )
     return Trained(network, [history])

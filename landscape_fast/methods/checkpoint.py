@@ -47,19 +47,27 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no content"
-        raise ValueError(f"{rule} a complete file written by landscape_fast; got {path} "
-                         f"({type(error).__name__}: {reason[:120]}); delete it") from error
+        raise ValueError(
+            f"{rule} a complete file written by landscape_fast; got {path} "
+            f"({type(error).__name__}: {reason[:120]}); delete it"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{rule} a landscape_fast checkpoint of format {FORMAT}; "
-                         f"got {found} in {path}; delete it or use another folder")
+        raise ValueError(
+            f"{rule} a landscape_fast checkpoint of format {FORMAT}; "
+            f"got {found} in {path}; delete it or use another folder"
+        )
     stored = content["identity"]
-    different = [f"{name} {stored.get(name, 'absent')!r} (now {identity.get(name, 'absent')!r})"
-                 for name in sorted(stored.keys() | identity.keys())
-                 if stored.get(name) != identity.get(name)]
+    different = [
+        f"{name} {stored.get(name, 'absent')!r} (now {identity.get(name, 'absent')!r})"
+        for name in sorted(stored.keys() | identity.keys())
+        if stored.get(name) != identity.get(name)
+    ]
     if different:
-        raise ValueError(f"{rule} of this configuration; got {', '.join(different)} in {path}; "
-                         "repeat the settings it was made with, or use another folder")
+        raise ValueError(
+            f"{rule} of this configuration; got {', '.join(different)} in {path}; "
+            "repeat the settings it was made with, or use another folder"
+        )
     return content["state"]
 
 

@@ -50,16 +50,29 @@ class TrainConfig:
             self._require(name, _is_int(getattr(self, name), 1), "an integer of at least 1")
         self._require("seed", _is_int(self.seed, 0), "a non-negative integer")
         for name in ("lr", "step_factor", "fast_lr_multiplier"):
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0,
-                          "a finite number above 0")
+            self._require(
+                name,
+                _is_number(getattr(self, name)) and getattr(self, name) > 0,
+                "a finite number above 0",
+            )
         for name in ("weight_decay", "warmup_epochs"):
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0,
-                          "a finite number of at least 0")
+            self._require(
+                name,
+                _is_number(getattr(self, name)) and getattr(self, name) >= 0,
+                "a finite number of at least 0",
+            )
         for name in ("momentum", "label_smoothing"):
-            self._require(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1,
-                          "a number in [0, 1)")
-        self._require("warmup_epochs", self.warmup_epochs <= self.epochs, "at most epochs",
-                      f"with epochs {self.epochs}")
+            self._require(
+                name,
+                _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1,
+                "a number in [0, 1)",
+            )
+        self._require(
+            "warmup_epochs",
+            self.warmup_epochs <= self.epochs,
+            "at most epochs",
+            f"with epochs {self.epochs}",
+        )
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}")
 

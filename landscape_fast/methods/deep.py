@@ -82,16 +82,33 @@ def train_deep_ensemble(
 
     Source: Lakshminarayanan et al. 2017 (arXiv:1612.01474); Fort et al. 2019 (arXiv:1912.02757).
     """
-    require(isinstance(members, int) and members >= 1, "train_deep_ensemble", "members",
-            "an integer of at least 1", members)
+    require(
+        isinstance(members, int) and members >= 1,
+        "train_deep_ensemble",
+        "members",
+        "an integer of at least 1",
+        members,
+    )
     networks, histories = [], []
     for m in range(members):
         network = build_member(build, config, m, device)
         label = f"member {m + 1}/{members}" if members > 1 else "single network"
         path = None if directory is None else Path(directory) / f"member-{m:03d}.pt"
-        histories.append(fit(network, x, y, config, stream=m, label=label, checkpoint=path,
-                             identity={"method": "deep"}, resume=resume, progress=progress,
-                             on_step=on_step))
+        histories.append(
+            fit(
+                network,
+                x,
+                y,
+                config,
+                stream=m,
+                label=label,
+                checkpoint=path,
+                identity={"method": "deep"},
+                resume=resume,
+                progress=progress,
+                on_step=on_step,
+            )
+        )
         networks.append(network)
     return Trained(DeepEnsemble(networks).eval(), histories)
 

@@ -28,8 +28,10 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     the main thread), nothing changes and the event is never set.
     """
     event = threading.Event()
-    free = (threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    free = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     if not free:
         yield event
         return

@@ -22,8 +22,16 @@ class Progress:
         stream: where to write; the standard error stream if None.
     """
 
-    def __init__(self, label: str, epochs: int, steps: int, *, done: int = 0, enabled: bool = True,
-                 stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        label: str,
+        epochs: int,
+        steps: int,
+        *,
+        done: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
         self._label, self._epochs = label, epochs
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
@@ -37,8 +45,15 @@ class Progress:
             from tqdm import tqdm
         except ImportError:
             return None
-        return tqdm(total=steps, initial=done, desc=self._label, unit="step", file=self._stream,
-                    dynamic_ncols=True, mininterval=0.2)
+        return tqdm(
+            total=steps,
+            initial=done,
+            desc=self._label,
+            unit="step",
+            file=self._stream,
+            dynamic_ncols=True,
+            mininterval=0.2,
+        )
 
     def step(self) -> None:
         """One optimiser step is done."""
@@ -49,15 +64,18 @@ class Progress:
         """One epoch is done; `record` is its line of the history."""
         numbers = f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.4f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"epoch {record['epoch']}/{self._epochs}, {numbers}",
-                                      refresh=False)
+            self._bar.set_postfix_str(
+                f"epoch {record['epoch']}/{self._epochs}, {numbers}", refresh=False
+            )
         elif self._enabled:
             now = time.monotonic()
-            if (record["epoch"] == self._epochs
-                    or now - self._last_line >= SECONDS_BETWEEN_LINES):
+            if record["epoch"] == self._epochs or now - self._last_line >= SECONDS_BETWEEN_LINES:
                 self._last_line = now
-                print(f"{self._label}: epoch {record['epoch']}/{self._epochs}, training {numbers}",
-                      file=self._stream, flush=True)
+                print(
+                    f"{self._label}: epoch {record['epoch']}/{self._epochs}, training {numbers}",
+                    file=self._stream,
+                    flush=True,
+                )
 
     def close(self) -> None:
         """Ends the bar; the last state stays visible."""

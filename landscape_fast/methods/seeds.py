@@ -22,8 +22,7 @@ def stream_seed(seed: int, stream: int, purpose: str, index: int = 0) -> int:
         An integer in [0, 2^64), the same on every machine (`numpy.random.SeedSequence`).
     """
     if purpose not in _PURPOSES:
-        raise ValueError(
-            f"stream_seed: purpose must be one of {tuple(_PURPOSES)}; got {purpose!r}")
+        raise ValueError(f"stream_seed: purpose must be one of {tuple(_PURPOSES)}; got {purpose!r}")
     key = (stream, _PURPOSES[purpose], index)
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 

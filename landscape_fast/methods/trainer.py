@@ -27,7 +27,7 @@ from landscape_fast.methods.seeds import (
     set_rng_state,
     stream_seed,
 )
-from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear
+from landscape_fast.nn import ensemble_layers
 from landscape_fast.ops._checks import require
 
 History = list[dict[str, Any]]
@@ -67,9 +67,8 @@ def param_groups(
     """
     fast = [
         factor
-        for module in model.modules()
-        if isinstance(module, BatchEnsembleLinear | BatchEnsembleConv2d)
-        for factor in (module.r, module.s)
+        for layer in ensemble_layers(model).values()
+        for factor in (layer.r, layer.s)
         if factor is not None
     ]
     known = {id(factor) for factor in fast}
@@ -84,8 +83,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """The optimiser that `config` names, over the groups of `param_groups`."""
     groups = param_groups(model, config.lr, config.weight_decay, config.fast_lr_multiplier)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum,
-                               nesterov=config.momentum > 0)
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+        )
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.lr)
 
@@ -129,16 +129,18 @@ def fit(
         RuntimeError: if the loss stops being finite.
     """
     device = next(model.parameters()).device
-    require(x.ndim >= 2 and x.shape[0] >= 1, "fit", "x", "[N, ...] with at least one row",
-            list(x.shape))
+    require(
+        x.ndim >= 2 and x.shape[0] >= 1, "fit", "x", "[N, ...] with at least one row", list(x.shape)
+    )
     require(y.shape == x.shape[:1], "fit", "y", f"[N] with N = {x.shape[0]}", list(y.shape))
     require(y.dtype == torch.int64, "fit", "y", "int64", y.dtype, "call .long()")
     run = _Run(model, x.to(device), y.to(device), config, stream, label, checkpoint, on_step)
     run.identity |= identity or {}
     # cuDNN would otherwise pick among algorithms by timing, some of which use atomics
     cudnn = torch.backends.cudnn
-    exact = cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True,
-                        allow_tf32=cudnn.allow_tf32)
+    exact = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32
+    )
     with exact, isolated_rng(stream_seed(config.seed, stream, "noise"), device):
         if resume and checkpoint is not None and checkpoint.exists():
             run.restore()
@@ -160,8 +162,10 @@ class _Run:
             self.optimizer, lambda step: config.lr_factor(step, self.steps_per_epoch)
         )
         self.identity = {
-            **dataclasses.asdict(config), "stream": stream,
-            "model": describe_model(model), "data": describe_rows(x, y),
+            **dataclasses.asdict(config),
+            "stream": stream,
+            "model": describe_model(model),
+            "data": describe_rows(x, y),
         }
         self.history: History = []
         self.step = 0  # of the whole run
@@ -174,16 +178,20 @@ class _Run:
 
     def save(self) -> None:
         if self.checkpoint is not None:
-            save_checkpoint(self.checkpoint, self.identity, {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "rng": rng_state(self.device),
-                "step": self.step,
-                "sums": self.sums,
-                "seconds": self.seconds,
-                "history": self.history,
-            })
+            save_checkpoint(
+                self.checkpoint,
+                self.identity,
+                {
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "rng": rng_state(self.device),
+                    "step": self.step,
+                    "sums": self.sums,
+                    "seconds": self.seconds,
+                    "history": self.history,
+                },
+            )
 
     def restore(self) -> None:
         state = load_checkpoint(self.checkpoint, self.identity)
@@ -198,9 +206,13 @@ class _Run:
         first = self.step // self.steps_per_epoch
         if first >= self.config.epochs:
             return
-        progress = Progress(self.label, self.config.epochs,
-                            self.config.epochs * self.steps_per_epoch,
-                            done=self.step, enabled=show_progress)
+        progress = Progress(
+            self.label,
+            self.config.epochs,
+            self.config.epochs * self.steps_per_epoch,
+            done=self.step,
+            enabled=show_progress,
+        )
         self.model.train()
         try:
             with deferred_interrupt() as interrupted:
@@ -246,10 +258,19 @@ class _Run:
 
     def _close_epoch(self, epoch: int, lr: float, loss: float, right: float, rows: float) -> None:
         if not math.isfinite(loss):
-            raise RuntimeError(f"fit: the loss must be finite; got {loss} in epoch {epoch + 1} of "
-                               f"{self.label}; lower the learning rate (now {self.config.lr})")
-        self.history.append({"epoch": epoch + 1, "loss": loss / rows, "accuracy": right / rows,
-                             "lr": lr, "seconds": self.seconds})
+            raise RuntimeError(
+                f"fit: the loss must be finite; got {loss} in epoch {epoch + 1} of "
+                f"{self.label}; lower the learning rate (now {self.config.lr})"
+            )
+        self.history.append(
+            {
+                "epoch": epoch + 1,
+                "loss": loss / rows,
+                "accuracy": right / rows,
+                "lr": lr,
+                "seconds": self.seconds,
+            }
+        )
         self.sums, self.seconds = self._zero_sums(), 0.0
 
 

@@ -27,5 +27,9 @@ def plain():
 
 def batch_ensemble():
     signs = {"members": MEMBERS, "r_init": "random_sign", "s_init": "random_sign"}
-    return nn.Sequential(BatchEnsembleLinear(2, 8, **signs), nn.ReLU(), nn.Dropout(0.3),
-                         BatchEnsembleLinear(8, 3, **signs))
+    return nn.Sequential(
+        BatchEnsembleLinear(2, 8, **signs),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        BatchEnsembleLinear(8, 3, **signs),
+    )

@@ -46,8 +46,11 @@ def test_a_damaged_or_hostile_file_is_refused(tmp_path, capsys, content):
         path.write_bytes(path.read_bytes()[:2000])
     else:
         path.write_text("not a checkpoint" if content == "text" else "")
-    with pytest.raises(ValueError, match=r"resume: checkpoint must be a complete file written by "
-                                         r"landscape_fast; got .*a\.pt \(\w+: .+\); delete it"):
+    with pytest.raises(
+        ValueError,
+        match=r"resume: checkpoint must be a complete file written by "
+        r"landscape_fast; got .*a\.pt \(\w+: .+\); delete it",
+    ):
         load_checkpoint(path, {})
     assert "never" not in capsys.readouterr().out
 
@@ -60,8 +63,9 @@ def test_a_payload_inside_a_torch_file_does_not_run(tmp_path, capsys):
     assert "never" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("content", "found"), [({"format": 99}, "99"), ([1], "list"),
-                                                ({"model": 1}, "None")])
+@pytest.mark.parametrize(
+    ("content", "found"), [({"format": 99}, "99"), ([1], "list"), ({"model": 1}, "None")]
+)
 def test_another_programs_file_is_refused(tmp_path, content, found):
     path = tmp_path / "a.pt"
     torch.save(content, path)

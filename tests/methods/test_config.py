@@ -53,8 +53,10 @@ def test_warm_up_rises_in_equal_steps_then_the_schedule_starts_at_one():
     assert factors(schedule="constant", warmup_epochs=0.4)[:3] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam),
-                                            ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
+)
 def test_the_optimiser_is_the_named_one_with_its_settings(name, kind):
     config = TrainConfig(optimizer=name, lr=0.3, weight_decay=0.1, momentum=0.7)
     optimizer = make_optimizer(torch.nn.Linear(2, 2), config)

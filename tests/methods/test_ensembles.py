@@ -46,14 +46,19 @@ def test_batch_members_share_the_weight_and_learn_their_own_factors():
 
 @pytest.mark.parametrize("members", [0, -1, 2.0])
 def test_a_deep_ensemble_needs_members(members):
-    with pytest.raises(ValueError, match="train_deep_ensemble: members must be an integer of at "
-                                         f"least 1; got {members}"):
+    with pytest.raises(
+        ValueError,
+        match=f"train_deep_ensemble: members must be an integer of at least 1; got {members}",
+    ):
         train_deep_ensemble(plain, *rows(), CONFIG, members=members, progress=False)
     with pytest.raises(ValueError, match="DeepEnsemble: members must be at least one network"):
         DeepEnsemble([])
 
 
 def test_a_plain_network_is_no_batch_ensemble():
-    with pytest.raises(ValueError, match=r"train_batch_ensemble: build must be .*; got output "
-                                         r"\[1, 3\]; give its layers members="):
+    with pytest.raises(
+        ValueError,
+        match=r"train_batch_ensemble: build must be .*; got output "
+        r"\[1, 3\]; give its layers members=",
+    ):
         train_batch_ensemble(lambda: nn.Linear(2, 3), *rows(), CONFIG, progress=False)

@@ -16,10 +16,12 @@ from landscape_fast.methods import (
 )
 
 TRAIN = {
-    "deep": lambda **kw: train_deep_ensemble(plain, *rows(), CONFIG, members=MEMBERS,
-                                             progress=False, **kw),
-    "batch": lambda **kw: train_batch_ensemble(batch_ensemble, *rows(), CONFIG, progress=False,
-                                               **kw),
+    "deep": lambda **kw: train_deep_ensemble(
+        plain, *rows(), CONFIG, members=MEMBERS, progress=False, **kw
+    ),
+    "batch": lambda **kw: train_batch_ensemble(
+        batch_ensemble, *rows(), CONFIG, progress=False, **kw
+    ),
 }
 
 
@@ -37,8 +39,10 @@ def interrupt_after(steps):
 
 
 def numbers(histories):
-    return [[{k: v for k, v in epoch.items() if k != "seconds"} for epoch in history]
-            for history in histories]
+    return [
+        [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in history]
+        for history in histories
+    ]
 
 
 def assert_same(trained, expected):
@@ -49,8 +53,16 @@ def assert_same(trained, expected):
 
 
 # in an epoch, at the end of one, at the very last step, and (deep) in a later member
-CASES = [("batch", 1), ("batch", 6), ("batch", 8), ("batch", STEPS),
-         ("deep", 3), ("deep", 4), ("deep", STEPS), ("deep", STEPS + 7)]
+CASES = [
+    ("batch", 1),
+    ("batch", 6),
+    ("batch", 8),
+    ("batch", STEPS),
+    ("deep", 3),
+    ("deep", 4),
+    ("deep", STEPS),
+    ("deep", STEPS + 7),
+]
 
 
 @pytest.mark.parametrize(("method", "steps"), CASES)
@@ -81,8 +93,9 @@ def test_two_interruptions(tmp_path):
 
 def test_a_finished_run_is_loaded_and_not_trained(tmp_path):
     first = TRAIN["deep"](directory=tmp_path)
-    again = TRAIN["deep"](directory=tmp_path, resume=True,
-                          on_step=lambda step: pytest.fail("trained again"))
+    again = TRAIN["deep"](
+        directory=tmp_path, resume=True, on_step=lambda step: pytest.fail("trained again")
+    )
     assert_same(again, first)
     assert again.seconds == first.seconds
 
@@ -90,8 +103,16 @@ def test_a_finished_run_is_loaded_and_not_trained(tmp_path):
 def test_a_larger_ensemble_contains_the_smaller_one(tmp_path):
     small = TRAIN["deep"](directory=tmp_path)
     done = []
-    large = train_deep_ensemble(plain, *rows(), CONFIG, members=MEMBERS + 1, progress=False,
-                                directory=tmp_path, resume=True, on_step=done.append)
+    large = train_deep_ensemble(
+        plain,
+        *rows(),
+        CONFIG,
+        members=MEMBERS + 1,
+        progress=False,
+        directory=tmp_path,
+        resume=True,
+        on_step=done.append,
+    )
     assert len(done) == STEPS
     x = rows()[0]
     assert torch.equal(predict(large.model, x)[:MEMBERS], predict(small.model, x))
@@ -108,8 +129,9 @@ def test_without_resume_old_checkpoints_are_replaced(tmp_path):
 
 
 def test_an_interruption_without_a_checkpoint_says_so():
-    with pytest.raises(TrainingInterrupted, match="member 2/3 stopped in epoch 1 after step 2; "
-                                                  "nothing was saved"):
+    with pytest.raises(
+        TrainingInterrupted, match="member 2/3 stopped in epoch 1 after step 2; nothing was saved"
+    ):
         TRAIN["deep"](on_step=interrupt_after(STEPS + 2))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -148,10 +170,14 @@ OTHER = [
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, name, value, difference):
     TRAIN["batch"](directory=tmp_path)
     config = dataclasses.replace(CONFIG, **{name: value})
-    with pytest.raises(ValueError, match=rf"resume: checkpoint must be of this configuration; "
-                                         rf"got {difference} in .*batch\.pt; "):
-        train_batch_ensemble(batch_ensemble, *rows(), config, directory=tmp_path, resume=True,
-                             progress=False)
+    with pytest.raises(
+        ValueError,
+        match=rf"resume: checkpoint must be of this configuration; "
+        rf"got {difference} in .*batch\.pt; ",
+    ):
+        train_batch_ensemble(
+            batch_ensemble, *rows(), config, directory=tmp_path, resume=True, progress=False
+        )
 
 
 def test_a_checkpoint_of_another_model_data_stream_or_method_is_refused(tmp_path):

@@ -43,8 +43,9 @@ def test_a_plain_network_has_one_group():
 def test_training_is_the_textbook_loop():
     """SGD by hand on the rows in the order of the seed, with the schedule's learning rates."""
     x, y = rows()
-    config = TrainConfig(epochs=2, batch_size=16, optimizer="sgd", momentum=0.0, lr=0.1,
-                         schedule="cosine", seed=3)
+    config = TrainConfig(
+        epochs=2, batch_size=16, optimizer="sgd", momentum=0.0, lr=0.1, schedule="cosine", seed=3
+    )
     model, twin = nn.Linear(2, 3), nn.Linear(2, 3)
     twin.load_state_dict(model.state_dict())
     history = fit(model, x, y, config, stream=2, progress=False)
@@ -57,8 +58,9 @@ def test_training_is_the_textbook_loop():
             loss = F.cross_entropy(logits, y[batch])
             losses += [float(loss.detach())] * len(batch)
             right += int((logits.argmax(1) == y[batch]).sum())
-            for p, gradient in zip(twin.parameters(), torch.autograd.grad(loss, twin.parameters()),
-                                   strict=True):
+            for p, gradient in zip(
+                twin.parameters(), torch.autograd.grad(loss, twin.parameters()), strict=True
+            ):
                 p.data -= lr * gradient
             step += 1
         assert history[epoch]["accuracy"] == right / ROWS
@@ -122,18 +124,34 @@ def test_on_step_counts_every_step():
 def test_a_diverging_run_ends_with_a_reason():
     x, y = rows()
     config = TrainConfig(epochs=2, batch_size=16, optimizer="sgd", lr=1e30)
-    with pytest.raises(RuntimeError, match=r"loss must be finite; got .* in epoch \d of big: .*; "
-                                           r"lower the learning rate \(now 1e\+30\)"):
-        fit(nn.Sequential(nn.Linear(2, 9), nn.Linear(9, 3)), x, y, config, label="big: a",
-            progress=False)
+    with pytest.raises(
+        RuntimeError,
+        match=r"loss must be finite; got .* in epoch \d of big: .*; "
+        r"lower the learning rate \(now 1e\+30\)",
+    ):
+        fit(
+            nn.Sequential(nn.Linear(2, 9), nn.Linear(9, 3)),
+            x,
+            y,
+            config,
+            label="big: a",
+            progress=False,
+        )
 
 
-@pytest.mark.parametrize(("x", "y", "message"), [
-    (torch.zeros(4), torch.zeros(4).long(), r"fit: x must be \[N, ...\]"),
-    (torch.zeros(0, 2), torch.zeros(0).long(), r"fit: x must be .* at least one row; got \[0, 2\]"),
-    (torch.zeros(4, 2), torch.zeros(3).long(), r"fit: y must be \[N\] with N = 4; got \[3\]"),
-    (torch.zeros(4, 2), torch.zeros(4), r"fit: y must be int64; got torch.float32"),
-])
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.zeros(4), torch.zeros(4).long(), r"fit: x must be \[N, ...\]"),
+        (
+            torch.zeros(0, 2),
+            torch.zeros(0).long(),
+            r"fit: x must be .* at least one row; got \[0, 2\]",
+        ),
+        (torch.zeros(4, 2), torch.zeros(3).long(), r"fit: y must be \[N\] with N = 4; got \[3\]"),
+        (torch.zeros(4, 2), torch.zeros(4), r"fit: y must be int64; got torch.float32"),
+    ],
+)
 def test_rows_that_do_not_fit_are_refused(x, y, message):
     with pytest.raises(ValueError, match=message):
         fit(plain(), x, y, CONFIG, progress=False)

@@ -1,0 +1,191 @@
+"""The result of a comparison as a table, JSON, CSV and figures; all show the same rows."""
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import landscape_fast
+from landscape_fast.data import Dataset
+from landscape_fast.landscape.diversity import diagnose, diversity_points
+from landscape_fast.landscape.reliability import reliability_bins
+from landscape_fast.methods import TrainConfig
+from landscape_fast.studies.compare import Problem, Result
+
+# key of a row, heading, how the table shows it; JSON and CSV hold the plain numbers
+COLUMNS = (
+    ("method", "method", "{}"),
+    ("members", "members", "{}"),
+    ("accuracy", "accuracy", "{:.2%}"),
+    ("member_accuracy", "mean member", "{:.2%}"),
+    ("nll", "NLL (nats)", "{:.4f}"),
+    ("brier", "Brier", "{:.4f}"),
+    ("ece", "ECE", "{:.2%}"),
+    ("disagreement", "disagreement", "{:.2%}"),
+    ("js", "JS (nats)", "{:.5f}"),
+    ("parameters", "parameters", "{:,}"),
+    ("seconds", "seconds", "{:.1f}"),
+)
+
+
+def headline(document: dict[str, Any]) -> str:
+    """One line: which data, network and training."""
+    data, training = document["data"], document["training"]
+    return (
+        f"{data['name']}: {data['train_rows']:,} training and {data['test_rows']:,} test rows; "
+        f"{document['problem']['model']}, {training['optimizer']} lr {training['lr']:g} "
+        f"{training['schedule']}, {training['epochs']} epochs of batches of "
+        f"{training['batch_size']}, seed {training['seed']}, {document['versions']['device']}"
+    )
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as aligned text with one heading line; a dash where a value does not exist."""
+    cells = [[heading for _, heading, _ in COLUMNS]]
+    for row in rows:
+        cells.append(
+            ["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS]
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as CSV with a heading line of keys; an empty cell where a value does not exist."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def to_json(document: dict[str, Any]) -> str:
+    """Strict JSON: what is not a finite number becomes null."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def make_document(
+    results: dict[str, Result], dataset: Dataset, problem: Problem, config: TrainConfig, device: str
+) -> dict[str, Any]:
+    """Everything the study found, and from what, as numbers, strings, lists and dictionaries."""
+    return {
+        "data": {
+            "name": dataset.name,
+            "classes": list(dataset.classes),
+            "train_rows": len(dataset.train_y),
+            "test_rows": len(dataset.test_y),
+        },
+        "problem": asdict(problem),
+        "training": asdict(config),
+        "rows": [result.row for result in results.values()],
+        "notes": make_notes(results, dataset),
+        "pairs": {
+            method: {
+                "disagreement": result.pairs.disagreement.tolist(),
+                "js": result.pairs.js.tolist(),
+            }
+            for method, result in results.items()
+            if len(result.logits) > 1
+        },
+        "histories": {method: result.histories for method, result in results.items()},
+        "versions": {
+            "landscape_fast": landscape_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "device": device,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def make_notes(results: dict[str, Result], dataset: Dataset) -> list[str]:
+    """What to know when reading the table, in sentences; diversity warnings among them."""
+    rows, best = len(dataset.test_y), max(r.row["accuracy"] for r in results.values())
+    lines = [
+        f"{rows:,} test rows: the standard error of an accuracy of {best:.2%} is "
+        f"{math.sqrt(best * (1 - best) / rows):.2%}"
+    ]
+    if "single" in results and "deep" in results:
+        lines.append("single: the first member of deep, trained once and counted in both rows")
+    for method, result in results.items():
+        if len(result.logits) > 1:
+            lines += [f"{method}: {line}" for line in diagnose(result.logits, dataset.test_y)]
+    return lines
+
+
+def write_results(directory: Path, document: dict[str, Any]) -> list[Path]:
+    """Writes results.json (everything) and results.csv (the rows); returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / "results.json", directory / "results.csv"]
+    for path, text in zip(paths, (to_json(document), to_csv(document["rows"])), strict=True):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    return paths
+
+
+def write_figures(directory: Path, results: dict[str, Result], dataset: Dataset) -> list[Path]:
+    """Writes the figures as PNG and returns their paths.
+
+    reliability.png always; heat_maps.png and accuracy_diversity.png where a method has several
+    members.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    from landscape_fast.landscape import plots
+
+    targets, figures = dataset.test_y, {}
+    several = {method: result for method, result in results.items() if len(result.logits) > 1}
+    if several:
+        maps = {
+            method: {"disagreement": result.pairs.disagreement, "js": result.pairs.js}
+            for method, result in several.items()
+        }
+        figures["heat_maps"] = plots.heat_maps(maps, f"{dataset.name}: how the members differ")
+    figures["reliability"] = plots.reliability_diagram(
+        {
+            method: reliability_bins(result.logits.softmax(-1).mean(0), targets)
+            for method, result in results.items()
+        },
+        f"{dataset.name}: is the confidence justified?",
+    )
+    if several:
+        points = {}
+        for method, result in several.items():
+            labels = result.logits.argmax(-1)
+            points[method] = diversity_points(labels[1:], labels[0], targets)
+        figures["accuracy_diversity"] = plots.accuracy_diversity(
+            points, len(dataset.classes), f"{dataset.name}: accuracy against diversity"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(directory / f"{name}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
