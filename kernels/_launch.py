@@ -5,6 +5,7 @@ Rules for every module of this folder:
 - Shipped configurations are data that a test reads: `SHIPPED[arch, bucket] -> Config`.
 - Searching for a better one happens only with LANDSCAPE_FAST_AUTOTUNE=1 (`fastest`).
 """
+
 import contextlib
 import functools
 import os
@@ -64,8 +65,9 @@ def on_device(tensor: torch.Tensor):
 _found: dict[tuple, Config] = {}
 
 
-def fastest(key: tuple, shipped: Config, candidates: Sequence[Config],
-            run: Callable[[Config], object]) -> Config:
+def fastest(
+    key: tuple, shipped: Config, candidates: Sequence[Config], run: Callable[[Config], object]
+) -> Config:
     """`shipped`; with LANDSCAPE_FAST_AUTOTUNE=1 the fastest of it and `candidates`.
 
     `key` names the op, the GPU and all that the time depends on; it is timed once per process.

@@ -54,9 +54,10 @@ def sum_parts_kernel(
 
 
 def sum_parts(jobs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """out = part.sum(0) for up to five pairs (part [count, *shape] float32, out [*shape]), in one launch.
+    """out = part.sum(0) for up to five pairs (part [count, *shape], out [*shape]), in one launch.
 
-    Both contiguous, `out` in any floating dtype. The order of each sum depends on `count` alone.
+    Both are contiguous, `part` float32, `out` of any floating dtype. The order in which a sum is
+    formed depends on `count` alone.
     """
     arguments, rows, blocks = [], {}, 0
     for j in range(JOBS):

@@ -6,7 +6,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import batch_ensemble_linear_tiles as tiles
-from ._launch import MAX_GRID_X, Config, arch, fastest, on_device
+from ._launch import AUTOTUNE, MAX_GRID_X, Config, arch, fastest, on_device
 
 
 @triton.jit
@@ -36,7 +36,8 @@ def load_tile(
 ):  # fmt: skip
     """[BLOCK_R, BLOCK_C] of source[m, row:rows, col:cols], zero outside.
 
-    `source` is a pointer, or (TMA) a descriptor [members, rows, cols]. EVEN_C: BLOCK_C divides cols.
+    `source` is a pointer, or (TMA) a descriptor [members, rows, cols]; EVEN_C where BLOCK_C divides
+    cols.
     """
     if TMA:
         tile = source.load([m, row, col]).reshape(BLOCK_R, BLOCK_C)
@@ -158,10 +159,12 @@ def batch_ensemble_linear_fwd(
     with on_device(x):
         if config is None:
             tma = arch(x) >= 90 and describable(x) and describable(weight)
-            found = tiles.buckets(arch(x), "fwd", kind, tma)
-            config = tiles.forward_tile(found, M, B, O, tiles.processors(x))
-            key = ("batch_ensemble_linear_fwd", x.device, x.dtype, kind, M, B, I, O, tma)
-            config = fastest(key, config, [c for _, c in found], launch)
+            where = (kind, tma, arch(x), tiles.processors(x))
+            config = tiles.forward_config(*where, M, B, O)
+            if AUTOTUNE:
+                key = ("batch_ensemble_linear_fwd", x.device, x.dtype, *where, M, B, I, O)
+                others = [c for _, c in tiles.buckets(arch(x), "fwd", kind, tma)]
+                config = fastest(key, config, others, launch)
         launch(config)
 
 
@@ -199,8 +202,9 @@ def describable(t: torch.Tensor) -> bool:
 def descriptor(t: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     """Descriptor of t [members, R, C] or [R, C] (as one member), in blocks [1, rows, cols]."""
     shape = [1] * (3 - t.ndim) + list(t.shape)
-    strides = [1] * (3 - t.ndim) + list(t.stride())
+    strides = [0] * (3 - t.ndim) + list(t.stride())
     aligned = 16 // t.element_size()
-    for d in (0, 1):  # the stride of a dimension of size one means nothing, but must be aligned
-        strides[d] = strides[d] if shape[d] > 1 else aligned
+    for d in (1, 0):  # the stride of a dimension of size one means nothing, but must be aligned
+        if shape[d] == 1:
+            strides[d] = -(-shape[2] // aligned) * aligned if d else shape[1] * strides[1]
     return TensorDescriptor(t, shape, [*strides[:2], 1], [1, rows, cols])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import batch_ensemble_linear_tiles as tiles
-from ._launch import Config, arch, fastest, on_device
+from ._launch import AUTOTUNE, Config, arch, fastest, on_device
 from ._reduce import sum_parts
 from .batch_ensemble_linear import (
     describable,
@@ -228,13 +228,13 @@ def _input_gradient(dy, x, weight, r, s, dx, dr, tf32, long, config) -> Jobs:
     """Launches the dx kernel; the sums that complete dx (of a split shared x) and dr."""
     (M, B, O), I = dy.shape, x.shape[-1]
     shared, kind = x.ndim == 2, tiles.kind_of(x.dtype, tf32)
-    stage = "x shared" if shared else "x"
+    stage, sms = "x shared" if shared else "x", tiles.processors(x)
     strides = (*dy.stride(), *weight.stride(), *_strides(x))
 
     def launch(c: Config) -> Jobs:
         block_b, block_i, block_o = (c.tiles[k] for k in ("BLOCK_B", "BLOCK_I", "BLOCK_O"))
         tiles_b, tiles_i = triton.cdiv(B, block_b), triton.cdiv(I, block_i)
-        members = tiles.shared_split(c, M, B, I, O, tiles.processors(x)) if shared else 1
+        members = tiles.shared_members(block_b, block_i, sms, M, B, I, O) if shared else 1
         splits = triton.cdiv(M, members)
         jobs, out = [], dx
         if shared and splits > 1:
@@ -256,10 +256,12 @@ def _input_gradient(dy, x, weight, r, s, dx, dr, tf32, long, config) -> Jobs:
 
     if config is None:
         tma = arch(x) >= 90 and all(describable(t) for t in (dy, x, weight))
-        found = tiles.buckets(arch(x), stage, kind, tma)
-        config = tiles.input_tile(found, shared, M, B, I, O, tiles.processors(x))
-        key = ("batch_ensemble_linear_bwd_x", x.device, x.dtype, kind, M, B, I, O, tma, shared)
-        config = fastest(key, config, [c for _, c in found], launch)
+        key = (stage, kind, tma, arch(x), sms, M, B, I, O)
+        config = tiles.input_config(*key)
+        if AUTOTUNE:
+            others = [c for _, c in tiles.buckets(arch(x), stage, kind, tma)]
+            key = ("batch_ensemble_linear_bwd_x", x.device, x.dtype, *key)
+            config = fastest(key, config, others, lambda c: sum_parts(launch(c)))
     return launch(config)
 
 
@@ -268,14 +270,14 @@ def _weight_gradient(
 ) -> Jobs:
     """Launches the dweight kernel; the sums that complete dweight, dr, ds and dbias."""
     (M, B, O), I = dy.shape, x.shape[-1]
-    kind = tiles.kind_of(x.dtype, tf32)
+    kind, sms = tiles.kind_of(x.dtype, tf32), tiles.processors(x)
     strides = (*dy.stride(), *_strides(x), *weight.stride())
     fixed = split
 
     def launch(c: Config) -> Jobs:
         block_o, block_i, block_b = (c.tiles[k] for k in ("BLOCK_O", "BLOCK_I", "BLOCK_B"))
         tiles_o, tiles_i = triton.cdiv(O, block_o), triton.cdiv(I, block_i)
-        split = fixed or tiles.weight_split(c, M, B, I, O, tiles.processors(x))[1]
+        split = fixed or tiles.weight_split(block_o, block_i, block_b, sms, M, B, I, O)
         splits_b = triton.cdiv(B, split.examples)
         jobs, out = [], dweight
 
@@ -300,11 +302,12 @@ def _weight_gradient(
 
     if config is None:
         tma = arch(x) >= 90 and all(describable(t) for t in (dy, x, weight))
-        stage = "weight" if dr is None else "weight+r"
-        found = tiles.buckets(arch(x), stage, kind, tma)
-        config = tiles.weight_tile(found, M, B, I, O, tiles.processors(x))
-        key = ("batch_ensemble_linear_bwd_weight", x.device, x.dtype, kind, M, B, I, O, tma, stage)
-        config = fastest(key, config, [c for _, c in found], launch)
+        key = ("weight" if dr is None else "weight+r", kind, tma, arch(x), sms, M, B, I, O)
+        config = tiles.weight_config(*key)
+        if AUTOTUNE:
+            others = [c for _, c in tiles.buckets(arch(x), key[0], kind, tma)]
+            key = ("batch_ensemble_linear_bwd_weight", x.device, x.dtype, *key)
+            config = fastest(key, config, others, lambda c: sum_parts(launch(c)))
     return launch(config)
 
 

@@ -4,7 +4,8 @@ Every configuration compiles without spills for its architecture (tests/test_aot
 timed: tile sizes follow register and shared-memory budgets; `RATES` and `PART_COST` are estimates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
@@ -98,8 +99,6 @@ SHIPPED: dict[tuple[int, str], Config] = {
     (a, bucket): config for a, table in _TABLES.items() for bucket, config in table.items()
 }
 
-Candidates = list[tuple[float, Config]]  # (rate, configuration)
-
 
 class Split(NamedTuple):
     """How the weight gradient's sum over members and examples is shared out among programs."""
@@ -115,29 +114,32 @@ def kind_of(dtype: torch.dtype, tf32: bool) -> str:
 
 
 def processors(tensor: torch.Tensor) -> int:
-    """Multiprocessors of the device of `tensor`; without a device, of its architecture's largest."""
+    """Multiprocessors of the device of `tensor`, or of the largest of its architecture."""
     return multiprocessors(tensor.device.index) if tensor.is_cuda else MULTIPROCESSORS[arch(tensor)]
 
 
-def buckets(architecture: int, stage: str, kind: str, tma: bool) -> Candidates:
-    """The shipped configurations of a stage; where descriptors can be used, they replace pointers.
+@lru_cache
+def buckets(arch: int, stage: str, kind: str, tma: bool) -> tuple[tuple[float, Config], ...]:
+    """(rate, configuration) of the shipped buckets of a stage.
 
-    Except for tiles of folded rows, which only pointers can address.
+    Where descriptors can be used (`tma`) they replace pointers, except for tiles of folded rows,
+    which only pointers can address.
     """
-    pointers, descriptors = [], []
+    found = []
     for size, rate in RATES.items():
-        found = SHIPPED.get((architecture, f"{stage} {kind} {size}"))
-        if found is not None:
-            pointers.append((rate, found))
-        found = SHIPPED.get((architecture, f"{stage} {kind} {size} tma"))
-        if found is not None and tma:
-            descriptors.append((rate, found))
-    if not descriptors:
-        return pointers
-    return descriptors + [c for c in pointers if c[1].tiles.get("FOLDED")]
+        for suffix in ("", " tma"):
+            config = SHIPPED.get((arch, f"{stage} {kind} {size}{suffix}"))
+            if config is not None and (tma or not config.tma):
+                found.append((rate, config))
+    if any(config.tma for _, config in found):
+        found = [f for f in found if f[1].tma or f[1].tiles.get("FOLDED")]
+    return tuple(found)
 
 
-def _quickest(candidates: Candidates, work: Callable[[Config], float]) -> Config:
+def _quickest(
+    candidates: Iterable[tuple[float, Config]], work: Callable[[Config], float]
+) -> Config:
+    """The configuration with the least work, over its rate, for the busiest multiprocessor."""
     return min(candidates, key=lambda candidate: work(candidate[1]) / candidate[0])[1]
 
 
@@ -148,56 +150,70 @@ def forward_programs(config: Config, M: int, B: int, O: int) -> int:
     return rows * ceil(O / block_o)
 
 
-def forward_tile(candidates: Candidates, M: int, B: int, O: int, sms: int) -> Config:
-    """The tile with the least work, over its rate, for the busiest multiprocessor."""
+@lru_cache(4096)
+def forward_config(kind: str, tma: bool, arch: int, sms: int, M: int, B: int, O: int) -> Config:
+    """The configuration of the forward kernel for a shape, on a GPU with `sms` multiprocessors."""
 
     def work(c: Config) -> float:
         area = c.tiles["BLOCK_B"] * c.tiles["BLOCK_O"]
         return ceil(forward_programs(c, M, B, O) / sms) * area
 
-    return _quickest(candidates, work)
+    return _quickest(buckets(arch, "fwd", kind, tma), work)
 
 
-def input_tile(
-    candidates: Candidates, shared: bool, M: int, B: int, I: int, O: int, sms: int
+@lru_cache(4096)
+def input_config(
+    stage: str, kind: str, tma: bool, arch: int, sms: int, M: int, B: int, I: int, O: int
 ) -> Config:
-    """As `forward_tile`, for dx."""
+    """As `forward_config`, for dx."""
 
     def work(c: Config) -> float:
-        area = c.tiles["BLOCK_B"] * c.tiles["BLOCK_I"]
-        count = ceil(B / c.tiles["BLOCK_B"]) * ceil(I / c.tiles["BLOCK_I"])
-        if shared:
-            return _split(M, 1, O, count, area, sms)[0]
-        return ceil(M * count / sms) * O * area
+        block_b, block_i = c.tiles["BLOCK_B"], c.tiles["BLOCK_I"]
+        if stage == "x shared":
+            return _shared_split(block_b, block_i, sms, M, B, I, O)[0]
+        return ceil(M * ceil(B / block_b) * ceil(I / block_i) / sms) * O * block_b * block_i
 
-    return _quickest(candidates, work)
+    return _quickest(buckets(arch, stage, kind, tma), work)
 
 
-def shared_split(config: Config, M: int, B: int, I: int, O: int, sms: int) -> int:
+def shared_members(block_b: int, block_i: int, sms: int, M: int, B: int, I: int, O: int) -> int:
     """Members that one program of the dx kernel sums over, for an x that members share."""
-    block_b, block_i = config.tiles["BLOCK_B"], config.tiles["BLOCK_I"]
-    count = ceil(B / block_b) * ceil(I / block_i)
-    return _split(M, 1, O, count, block_b * block_i, sms)[1].members
+    return _shared_split(block_b, block_i, sms, M, B, I, O)[1].members
+
+
+@lru_cache(4096)
+def _shared_split(block_b, block_i, sms, M, B, I, O) -> tuple[float, Split]:
+    return _split(M, 1, O, ceil(B / block_b) * ceil(I / block_i), block_b * block_i, sms)
+
+
+@lru_cache(4096)
+def weight_config(
+    stage: str, kind: str, tma: bool, arch: int, sms: int, M: int, B: int, I: int, O: int
+) -> Config:
+    """As `forward_config`, for dweight."""
+
+    def work(c: Config) -> float:
+        blocks = (c.tiles[k] for k in ("BLOCK_O", "BLOCK_I", "BLOCK_B"))
+        return _weight_split(*blocks, sms, M, B, I, O)[0]
+
+    return _quickest(buckets(arch, stage, kind, tma), work)
 
 
 def weight_split(
-    config: Config, M: int, B: int, I: int, O: int, sms: int
-) -> tuple[float, Split]:
-    """(work of the busiest multiprocessor, split) of the weight gradient with this tile."""
-    block_o, block_i, block_b = (config.tiles[k] for k in ("BLOCK_O", "BLOCK_I", "BLOCK_B"))
+    block_o: int, block_i: int, block_b: int, sms: int, M: int, B: int, I: int, O: int
+) -> Split:
+    """How the weight gradient is split among programs."""
+    return _weight_split(block_o, block_i, block_b, sms, M, B, I, O)[1]
+
+
+@lru_cache(4096)
+def _weight_split(block_o, block_i, block_b, sms, M, B, I, O) -> tuple[float, Split]:
     count = ceil(O / block_o) * ceil(I / block_i)
     return _split(M, ceil(B / block_b), block_b, count, block_o * block_i, sms)
 
 
-def weight_tile(candidates: Candidates, M: int, B: int, I: int, O: int, sms: int) -> Config:
-    """As `forward_tile`, for dweight."""
-    return _quickest(candidates, lambda c: weight_split(c, M, B, I, O, sms)[0])
-
-
-def _split(
-    M: int, steps: int, depth: int, tiles: int, area: int, sms: int
-) -> tuple[float, Split]:
-    """The split of M members x `steps` steps of `depth` products with the least work.
+def _split(M: int, steps: int, depth: int, tiles: int, area: int, sms: int) -> tuple[float, Split]:
+    """(work, split) of M members x `steps` steps of `depth` products with the least work.
 
     Whole members are shared out first, so that parts of ds and dr stay few; then examples, at
     least two steps to a split.

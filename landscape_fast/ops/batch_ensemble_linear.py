@@ -1,6 +1,6 @@
 """A linear layer of M members that share one weight up to rank-one factors (BatchEnsemble)."""
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -199,8 +199,11 @@ def _plan(x, weight, r, s, bias, members, batch_major, needs) -> Plan:
     O, I = weight.shape
     B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
     arch, kind = _architecture(x.device.index), kind_of(x.dtype)
-    factors = (r is not None, s is not None)
-    return choose(Problem(members, B, I, O, arch, kind, x.ndim == 2, *factors), needs)
+    problem = Problem(members, B, I, O, arch, kind, x.ndim == 2, r is not None, s is not None)
+    return choose(problem, needs) if torch.compiler.is_compiling() else _chosen(problem, needs)
+
+
+_chosen = lru_cache(4096)(choose)  # a layer asks the same at every step
 
 
 class _BatchEnsembleLinear(torch.autograd.Function):
@@ -218,6 +221,10 @@ class _BatchEnsembleLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        device = dy.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # gradients stay in the dtype of the op
+                return _BatchEnsembleLinear.backward(ctx, dy)
         x, weight, r, s, z = ctx.saved_tensors
         needs, batch_major = ctx.needs_input_grad[:5], ctx.batch_major
         if wants_graph():
@@ -228,12 +235,12 @@ class _BatchEnsembleLinear(torch.autograd.Function):
                 return batch_ensemble_linear_reference(*tensors, layout=layout)
 
             found = reference_backward(definition, (x, weight, r, s, bias), needs, dy)
-        elif ctx.plan == "composed":
-            shared = ctx.bias_shape is not None and len(ctx.bias_shape) == 1
-            found = composed_backward(dy, x, weight, r, s, z, needs, shared, batch_major)
+            return *found, None, None, None, None
+        bias_shared = ctx.bias_shape is not None and len(ctx.bias_shape) == 1
+        how = (needs, bias_shared, batch_major)
+        if ctx.plan == "composed":
+            found = composed_backward(dy, x, weight, r, s, z, *how)
         else:
-            shared = ctx.bias_shape is not None and len(ctx.bias_shape) == 1
-            inputs = (dy, x, weight, r, s)
-            found = backward_op(*inputs, list(needs), shared, batch_major, ctx.plan == "H")
+            found = backward_op(dy, x, weight, r, s, *how, ctx.plan == "H")
             found = [g if need else None for g, need in zip(found, needs, strict=True)]
         return *found, None, None, None, None
