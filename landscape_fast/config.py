@@ -247,8 +247,12 @@ def as_text(report: dict) -> str:
         ("environment", ", ".join(f"{k}={v}" for k, v in report["environment"].items()) or "-"),
     ]
     text = [f"{name:<16}{value}" for name, value in lines]
-    text += ["", f"{'op':<24}{'device':<8}{'dtype':<10}{'backend':<9}why"]
+    text += ["", f"{'op':<24}{'device':<8}{'backend':<9}dtypes: why"]
+    dtypes = {}
     for row in report["ops"]:
-        text.append("{op:<24}{device:<8}{dtype:<10}{backend:<9}{reason}".format(**row))
+        key = (row["op"], row["device"], row["backend"], row["reason"])
+        dtypes.setdefault(key, []).append(row["dtype"])
+    for (op, device, backend, reason), names in dtypes.items():
+        text.append(f"{op:<24}{device:<8}{backend:<9}{', '.join(names)}: {reason}")
     text += [f"\nWARNING: {warning}" for warning in report["warnings"]]
     return "\n".join(text)

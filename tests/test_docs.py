@@ -80,11 +80,12 @@ def test_modules_say_what_they_are():
         assert (importlib.import_module(name).__doc__ or "").strip(), name
 
 
-class TestReadme:
-    @pytest.fixture(scope="class")
-    def text(self):
-        return README.read_text()
+@pytest.fixture(scope="module")
+def text():
+    return README.read_text()
 
+
+class TestReadme:
     def test_python_blocks_run(self, text, tmp_path, monkeypatch):
         """In order and in one namespace, as a reader would paste them."""
         blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
