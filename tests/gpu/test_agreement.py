@@ -53,6 +53,38 @@ def test_a_kernel_runs_by_default_on_a_gpu(entry):
     assert name in ("triton", "cuda"), reason
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_descriptors_and_pointers_agree(dtype):
+    """Rows aligned to 16 bytes are loaded through descriptors, others through pointers."""
+    entry = next(e for e in ENTRIES if e.name == "linear member_major")
+    inputs = [t.to("cuda", dtype) for t in linear_inputs(4, 333, 512, 384)]
+    x = inputs[0]
+    odd = torch.full((*x.shape[:-1], x.shape[-1] + 1), float("nan"), dtype=dtype, device="cuda")
+    odd[..., :-1] = x
+    truth = entry.reference(*[t.double() for t in inputs])
+    plain = entry.reference(*inputs)
+    for name, values in (("descriptors", x), ("pointers", odd[..., :-1])):
+        got = entry.call(values, *inputs[1:], backend="triton")
+        assert_as_exact(name, got, plain, truth)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(32, 256, 512, 512), (4, 1000, 2048, 3000), (16, 1, 4096, 4104)], ids=str
+)
+def test_layers_of_real_sizes(sizes):
+    """Many tiles, several waves of programs, splits of the weight gradient; all gradients."""
+    entry = next(e for e in ENTRIES if e.name == "linear member_major")
+    inputs = [t.cuda() for t in linear_inputs(*sizes)]
+    for backend in ("triton", "auto"):
+        check_op(entry.call, entry.reference, inputs, dtype=torch.bfloat16, backend=backend)
+
+
+def linear_inputs(M, B, I, O):
+    values = torch.randn(M, B, I), torch.randn(O, I) / I**0.5, torch.randn(M, O)
+    r, s = 1 + 0.3 * torch.randn(M, I), 1 + 0.3 * torch.randn(M, O)
+    return [*values[:2], r, s, values[2]]
+
+
 @pytest.mark.parametrize("name", ["linear member_major", "js of 10 classes", "combine flat"])
 def test_strided_inputs_cost_no_precision(name):
     """Transposed and sliced storage, as layouts and parameter views give it."""
