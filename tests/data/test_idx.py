@@ -68,10 +68,12 @@ def test_names_and_classes(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_any_array_of_bytes(tmp_path):
     """A tensor of its own: one over the bytes read would be read-only, and torch warns of it."""
+    torch.set_warn_always(True)
     for shape in ((0,), (3,), (2, 0, 4), (2, 3, 4, 5)):
         array = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
         (tmp_path / "a").write_bytes(idx(array))
         assert np.array_equal(read_idx(tmp_path / "a").numpy(), array)
+    torch.set_warn_always(False)
 
 
 def spoiled(name, change, packed=False):
