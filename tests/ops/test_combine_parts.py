@@ -1,0 +1,169 @@
+"""The parts of combine: registered ops, launches, the table of addresses, far offsets."""
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+
+from landscape_fast.kernels import _table
+from landscape_fast.kernels import combine as kernels
+from landscape_fast.kernels._launch import INTERPRETED
+from landscape_fast.ops import _combine_parts
+from landscape_fast.ops.combine import combine, combine_reference
+from landscape_fast.testing import check_registered
+
+BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+LIST = [(3, 5), (), (0, 2), (64, 32), (1031,), (16,)]  # shapes of a small network's parameters
+
+
+def network(K, device):
+    return [torch.randn(K, *shape, device=device) for shape in LIST]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registered_ops(backend, device):
+    coeffs, layers = torch.randn(2, 3, device=device), torch.randn(2, 2, 3, device=device)
+    flat = [torch.randn(3, 7, device=device)]
+    # sizes that leave no gap in the buffer, since opcheck would compare what lies there
+    pair = [torch.randn(3, 64, device=device), torch.randn(3, 2, 32, device=device)]
+    for arguments in ((coeffs, flat, None), (layers, flat, (3, 4)), (layers, pair, None)):
+        check_registered(_combine_parts.combine_op, (*arguments, backend))
+        weights = _combine_parts.views(
+            _combine_parts.combine_op(*arguments, backend), 2, arguments[1]
+        )
+        dweights = [torch.randn_like(w) for w in weights]
+        for needs in ((True, True), (False, True), (True, False)):
+            given = (*arguments[:2], dweights, arguments[2], list(range(len(dweights))))
+            wanted = [needs[1]] * len(dweights)
+            check_registered(
+                _combine_parts.combine_backward_op, (*given, needs[0], wanted, backend)
+            )
+
+
+def test_one_launch_for_the_whole_network(device, monkeypatch):
+    launches = []
+    launch = kernels.launch
+
+    def counted(kernel, programs, *args):
+        launches.append((kernel, programs))
+        launch(kernel, programs, *args)
+
+    monkeypatch.setattr(kernels, "launch", counted)
+    coeffs = torch.randn(3, len(LIST), 2, device=device, requires_grad=True)
+    anchors = [a.requires_grad_() for a in network(2, device)]
+    weights = combine(coeffs, anchors, backend="triton")
+    assert [kernel for kernel, _ in launches] == [kernels.combine_fwd_kernel]
+    torch.autograd.grad(sum(w.sum() for w in weights), [coeffs, *anchors])
+    assert [k for k, _ in launches[1:]] == [kernels.combine_bwd_kernel, kernels.combine_sum_kernel]
+    launches.clear()
+    P = 5008
+    combine(torch.randn(64, 2, device=device), torch.randn(2, P, device=device), backend="triton")
+    ((_, programs),) = launches  # one program makes a tile of all 64 members
+    assert programs == -(-P // kernels.FORWARD_SHIPPED[90, 2].tiles["BLOCK_P"])
+
+
+def test_the_table_is_uploaded_once_and_the_cache_is_bounded(device, monkeypatch):
+    uploads = []
+    upload = _table._upload
+
+    def counted(numbers, device):
+        uploads.append(len(numbers))
+        return upload(numbers, device)
+
+    monkeypatch.setattr(_table, "_upload", counted)
+    monkeypatch.setattr(_table, "KEPT", 3)
+    _table._entries.clear()
+    coeffs, anchors = torch.randn(2, 3, device=device), network(3, device)
+    for _ in range(3):
+        combine(coeffs, anchors, backend="triton")
+    assert len(uploads) == 1
+    for n in range(1, 8):
+        tensor = torch.randn(3, 2 * n, device=device)
+        combine(torch.randn(2, 2, 3, device=device), tensor, sizes=(n, n), backend="triton")
+    assert len(_table._entries) == 3
+    combine(coeffs, anchors, backend="triton")
+    assert len(uploads) == 1 + 7 + 1  # forgotten in the meantime, and made again
+
+
+def test_numbers_written_inside_a_graph_are_the_uploaded_ones(device):
+    numbers = [0, 1, -1, 2**31 + 5, 2**47 - 16, -(2**40) - 3] * 40
+    here = torch.device(device)
+    uploaded, written = _table._upload(numbers, here), _table._write_in_graph(numbers, here)
+    assert torch.equal(uploaded, written) and written.tolist() == numbers
+
+
+def test_wide_and_narrow_tiles_cover_each_part_once():
+    rows = [
+        (2048 + 21, 64, 32, 0, 48, -1, 0, 0),
+        (40, 3, 32, 16, 48, 0, 16, 2),
+        (5, 0, 0, 0, 0, 0, 0, 3),
+    ]
+    cut = [_table.pieces(row) for row in rows]
+    widths = [[(p.P, p.wide) for p in each] for each in cut]
+    assert widths == [[(2064, 1), (5, 0)], [(40, 0)], [(5, 0)]]
+    assert cut[0][1] == (5, 64 + 2064, 32, 2064, 48, -1, 0, 0, 0)
+    table = _table.table(rows, 1024, torch.empty(0))
+    first = table.data[: table.rows + 1].tolist()
+    assert first == [0, 3, 4, 5, 6] and table.tiles == 6 and 2**table.steps >= table.rows
+    sums = table.data[table.rows + 1 + table.rows * len(_table.Row._fields) :]
+    assert sums.view(-1, 3).tolist() == [[0, 0, 4], [2, 4, 5], [3, 5, 6]]  # part, tiles from, to
+    assert (table.parts, table.most) == (3, 4)
+
+
+def sparse(elements):
+    """float16 zeros that take memory only where they are touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return np.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=np.float16)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter runs a single program of a grid")
+def test_offsets_beyond_int32():
+    # One tile that starts at element 2**31, of tensors whose rows lie more than 2**31 apart. In
+    # 32-bit arithmetic, which wraps in the interpreter too, every offset here would be another one.
+    start, far = 2**31, 2**31 + 64
+    M, K, size, block = 2, 2, 40, 1024
+    at = [start + row * far for row in range(2)]
+    anchors, weights, danchors = (sparse(at[1] + 2 * block) for _ in range(3))
+    values = torch.randn(K, size).half()
+    for row in range(K):
+        anchors[at[row] : at[row] + size] = values[row].numpy()
+    coeffs = torch.tensor([[1.0, 2.0], [-0.5, 0.25]])
+    first = [-(start // block), 1]  # so that program 0 is tile 2**31 / block of the part
+    row = [start + size, 0, far, 0, far, 0, far, 0, 0]
+    table = torch.tensor([*first, *row])
+
+    def head(array):
+        return torch.from_numpy(array[:16])
+
+    def stored(array):
+        return torch.stack([torch.from_numpy(array[a : a + size].copy()) for a in at])
+
+    kernels.combine_fwd_kernel[(1,)](
+        coeffs, head(anchors), table, head(weights), M, K, 0, 1, 0, K, 0, 1, 0, 0,
+        BLOCK_M=8, BLOCK_K=2, BLOCK_P=4 * block,
+    )  # fmt: skip
+    made = stored(weights)
+    torch.testing.assert_close(made, combine_reference(coeffs, values))
+    partials = torch.empty(1, M, K)
+    kernels.combine_bwd_kernel[(1,)](
+        coeffs, head(anchors), head(weights), table, head(danchors), partials, M, K, 0, 1, 0,
+        K, 0, 1, 0, 0, 0, BLOCK_K=2, BLOCK_P=4 * block,
+    )  # fmt: skip
+    torch.testing.assert_close(stored(danchors), combine_reference(coeffs.T, made))
+    torch.testing.assert_close(partials[0], made.float() @ values.float().T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_more_than_two_to_the_31_elements(backend):
+    P = 2**31 + 4099
+    anchors = torch.zeros(2, P, dtype=torch.float16, device="cuda")
+    anchors[:, -3:] = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    anchors.requires_grad_()
+    coeffs = torch.tensor([[1.0, 1.0], [0.5, 0.0]], device="cuda", requires_grad=True)
+    weights = combine(coeffs, anchors, backend=backend)
+    assert weights[:, -3:].tolist() == [[5.0, 7.0, 9.0], [0.5, 1.0, 1.5]]
+    dcoeffs, danchors = torch.autograd.grad(weights, (coeffs, anchors), torch.ones_like(weights))
+    assert dcoeffs.tolist() == [[6.0, 15.0], [6.0, 15.0]]
+    assert danchors[:, -1].tolist() == [1.5, 1.0] and danchors[:, 2**31].tolist() == [1.5, 1.0]
