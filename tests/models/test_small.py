@@ -199,7 +199,7 @@ def test_channels_last_reaches_the_head():
     ids=["MLP", "SmallCNN"],
 )
 def test_members_learn_real_digits(make):
-    """60 steps take every member past 80 % on unseen digits (chance 10 %; seeds gave 85 to 96 %)."""
+    """60 steps take every member past 80 % on unseen digits (seeds gave 85 to 96 %)."""
     pytest.importorskip("sklearn")
     data = digits()
     net = make()
