@@ -1,1 +1,36 @@
-"""Differentiable ops, each with a plain PyTorch reference and fused kernels."""
+"""Differentiable ops, each with a plain PyTorch reference and fused kernels.
+
+One page per op: docstring, checks, reference, autograd, registration. `landscape_fast.show_config()`
+says which backend of each runs here.
+"""
+
+from landscape_fast.ops.batch_ensemble_linear import (
+    batch_ensemble_linear,
+    batch_ensemble_linear_reference,
+)
+from landscape_fast.ops.combine import combine, combine_reference
+from landscape_fast.ops.ensemble_summary import (
+    EnsembleSummary,
+    ensemble_summary,
+    ensemble_summary_reference,
+)
+from landscape_fast.ops.pairwise_divergence import (
+    pairwise_disagreement,
+    pairwise_disagreement_reference,
+    pairwise_divergence,
+    pairwise_divergence_reference,
+)
+
+__all__ = [
+    "EnsembleSummary",
+    "batch_ensemble_linear",
+    "batch_ensemble_linear_reference",
+    "combine",
+    "combine_reference",
+    "ensemble_summary",
+    "ensemble_summary_reference",
+    "pairwise_disagreement",
+    "pairwise_disagreement_reference",
+    "pairwise_divergence",
+    "pairwise_divergence_reference",
+]

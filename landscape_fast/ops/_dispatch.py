@@ -93,7 +93,8 @@ def explain(op: str, device: str, dtype: torch.dtype, backend: str = "auto") -> 
             raise ValueError(
                 f"LANDSCAPE_FAST_BACKEND must be one of {('auto', *NAMES)}; got {FORCED!r}"
             )
-        if FORCED == "torch" or dtype in declared.get(FORCED, ()):
+        forceable = device in ("cpu", "cuda") and dtype in declared.get(FORCED, ())
+        if FORCED == "torch" or forceable:
             wish, origin = FORCED, "LANDSCAPE_FAST_BACKEND"
     if wish == "torch":
         return "torch", origin

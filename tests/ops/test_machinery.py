@@ -219,6 +219,8 @@ def test_an_op_without_the_forced_backend_keeps_its_own_choice(toy, monkeypatch)
     monkeypatch.setitem(_dispatch.OPS, "other", {"cpp": (torch.float32,)})
     monkeypatch.setattr(_dispatch, "FORCED", "triton")
     assert _dispatch.pick("other", "auto", torch.ones(1)) == "cpp"
+    assert _dispatch.pick("toy", "auto", torch.ones(1).double()) == "torch"
+    assert _dispatch.pick("toy", "auto", torch.ones(1, device="meta")) == "torch"
 
 
 def test_float64_and_other_devices_run_in_plain_pytorch():
