@@ -1,7 +1,7 @@
 """Differentiable ops, each with a plain PyTorch reference and fused kernels.
 
-One page per op: docstring, checks, reference, autograd, registration. `landscape_fast.show_config()`
-says which backend of each runs here.
+One page per op: docstring, checks, reference, autograd, registration.
+`landscape_fast.show_config()` says which backend of each runs here.
 """
 
 from landscape_fast.ops.batch_ensemble_linear import (
