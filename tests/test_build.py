@@ -67,9 +67,21 @@ class TestSteps:
         done = build(tree, LANDSCAPE_FAST_CUDA=0, CXXFLAGS="-DSOMETHING")
         assert "width.o" in compiled(done) and "module.o" in compiled(done)
 
-    def test_an_interrupted_step_is_done_again(self, tree):
-        next(tree.glob("build/*/cpu/width.key")).unlink()
-        assert compiled(build(tree, LANDSCAPE_FAST_CUDA=0)) == ["width.o"]
+    def test_an_interrupted_step_is_done_again(self, tmp_path, monkeypatch):
+        """Also if the sources are then again what they were: its object may be half written."""
+        source = ROOT / "csrc" / "cpu" / "isa.h"
+        step = extension.Step(source, tmp_path / "isa.o", ["c++"], "1.0")
+        monkeypatch.setattr(extension, "output_of", lambda command, cwd: step.output.touch() or "")
+        extension.compile_step(step)
+        assert extension.is_fresh(step)
+
+        def interrupted(command, cwd):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(extension, "output_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extension.compile_step(step)
+        assert not extension.is_fresh(step)
 
     def test_deleted_modules_do_not_come_back(self, tree):
         python("setup.py", "-q", "build_py", cwd=tree)
