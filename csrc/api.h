@@ -37,8 +37,8 @@ void pairwise_divergence(const Logits& logits, Divergence kind, float* out, int 
 // out [M, M]: share of the N examples on which members i and j have different labels.
 void pairwise_disagreement(const Labels& labels, float* out, int threads);
 
-// members [4, M]: accuracy, NLL, Brier score, ECE of each member; ensemble [6]: accuracy, NLL, Brier
-// score, ECE of the averaged probabilities, entropy of the averaged probabilities, mutual
+// members [4, M]: accuracy, NLL, Brier score, ECE of each member; ensemble [6]: accuracy, NLL,
+// Brier score, ECE of the averaged probabilities, entropy of the averaged probabilities, mutual
 // information. Means over the examples whose target is not ignore_index. Returns the first n with
 // a target that is neither in [0, C) nor ignore_index (outputs are then unspecified), else -1.
 int64_t ensemble_summary(const Logits& logits, const int64_t* targets, int64_t bins,

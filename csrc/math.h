@@ -18,9 +18,9 @@ namespace landscape_fast {
 
 constexpr float LN2 = 0.693147180559945f;
 
-// A divergence summed from differences of p ln p carries an absolute error near 1e-8 nats. Where the
-// mean over a block of examples is below this many nats it is summed again from terms that are each
-// accurate and not negative (js_term, kl_term), so that nearly equal members keep their digits.
+// A divergence summed from differences of p ln p carries an absolute error near 1e-8 nats. Where
+// the mean over a block of examples is below this many nats it is summed again from terms that are
+// each accurate and not negative (js_term, kl_term): nearly equal members keep their digits.
 constexpr float CLOSE = 1.0f / 256;
 
 LSF_HD int32_t bits_of(float x) {
@@ -68,11 +68,11 @@ LSF_HD double ln_of(float x) {
   return x > 0.0f && x < HUGE_VALF ? y : x == 0.0f ? -HUGE_VAL : double(x);
 }
 
-// e^x for x <= 0, relative error 3e-9 before rounding; below the smallest float 0; e^0 is exactly 1;
-// NaN stays NaN.
+// e^x for x <= 0, relative error 3e-9 before rounding; below the smallest float 0; e^0 is exactly
+// 1; NaN stays NaN.
 LSF_HD float exp_of(float x) {
   x = x < -105.0f ? -105.0f : x;  // e^-105 rounds to 0
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const float shift = 12582912.0f;  // 1.5 * 2^23: added, it leaves the nearest integer low
   const float z = x * 1.44269504f + shift;
   const int32_t n = bits_of(z) - 0x4b400000;
   const float k = z - shift;
@@ -89,9 +89,9 @@ LSF_HD float exp_of(float x) {
   return y * float_of((half + 127) * (1 << 23)) * float_of((n - half + 127) * (1 << 23));
 }
 
-// One class of JS(p, q): (p ln(p / m) + q ln(q / m)) / 2 with m = (p + q) / 2. Not negative, 0 where
-// p = q, symmetric to the bit, and accurate relative to itself for any p and q (0 included). `far`
-// is the same by logarithms, taken where p and q differ by more than a factor of 3.
+// One class of JS(p, q): (p ln(p / m) + q ln(q / m)) / 2 with m = (p + q) / 2. Not negative, 0
+// where p = q, symmetric to the bit, and accurate relative to itself for any p and q (0 included).
+// `far` is the same by logarithms, taken where p and q differ by more than a factor of 3.
 LSF_HD float js_term(float p, float q, float far) {
   const float t = p + q;
   const float u = (p - q) / (t < 1e-37f ? 1e-37f : t);
@@ -111,9 +111,9 @@ LSF_HD float js_term(float p, float q) {
   return js_term(p, q, 0.5f * LN2 * (sum - 2.0f * m * log2_of(m)));
 }
 
-// One class of KL(p || q) = sum_c p ln(p / q), written p ln(p / q) - p + q: the terms added sum to 0
-// over the classes, each term is not negative, and an error common to all ln(p / q) cancels. For q a
-// mixture that holds p (q = 0 only where p = 0).
+// One class of KL(p || q) = sum_c p ln(p / q), written p ln(p / q) - p + q: what is added sums to 0
+// over the classes, each term is not negative, and an error common to all ln(p / q) cancels. For q
+// a mixture that holds p (q = 0 only where p = 0).
 LSF_HD float kl_term(float p, float q) {
   const float v = (p - q) / (q < 1e-37f ? 1e-37f : q);
   float near = 0.01397600159f;  // ((1+v) ln(1+v) - v) / v^2 for |v| <= 1/2, error 1e-8
@@ -151,8 +151,8 @@ LSF_HD float kl_term_log(float p, float q, float d) {
 // and of equals the first stays.
 LSF_HD bool displaces(float x, float best) { return x > best || (x != x && best == best); }
 
-// Calibration bin of a confidence: bin b of B holds (b/B, (b+1)/B], the first one 0 too, the last one
-// all above. Edges are the float32 quotients b/B. NaN goes to the last bin.
+// Calibration bin of a confidence: bin b of B holds (b/B, (b+1)/B], the first one 0 too, the last
+// one all above. Edges are the float32 quotients b/B. NaN goes to the last bin.
 LSF_HD int32_t calibration_bin(float confidence, int32_t bins) {
   const float scaled = confidence * float(bins);
   int32_t b = scaled < float(bins) ? int32_t(scaled) : bins - 1;  // off by at most one

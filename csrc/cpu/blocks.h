@@ -48,7 +48,7 @@ struct Float16 {
 inline float widen(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t rest = uint32_t(x.bits & 0x7fff) << 13;
-  const float finite = float_of(int32_t(rest)) * 5.192296858534828e33f;  // 2^112: rebias the exponent
+  const float finite = float_of(int32_t(rest)) * 5.192296858534828e33f;  // 2^112, the other bias
   const uint32_t special = rest | 0x7f800000;                            // infinity or NaN
   const uint32_t value = rest >= 0x0f800000 ? special : uint32_t(bits_of(finite));
   return float_of(int32_t(sign | value));
@@ -96,8 +96,8 @@ struct Rows {
 };
 
 // x [length] becomes x - (largest x of its example), p the probabilities. A NaN, a +inf or a row of
-// -inf makes its whole example NaN, as torch.softmax does. `use` as for load: p is 0 where an example
-// is not to be used.
+// -inf makes its whole example NaN, as torch.softmax does. `use` as for load: p is 0 where an
+// example is not to be used.
 inline void softmax_interleaved(int64_t C, const bool* use, float* x, float* p, Rows& rows) {
   constexpr int E = MOST_EXAMPLES;
   float top[E], sum[E];

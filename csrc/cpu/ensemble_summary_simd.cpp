@@ -142,7 +142,7 @@ void summary_chunk(const SummaryJob& job, Chunk chunk, void* scratch, double* ou
     const Examples all = examples_of(job, blocks, n);
     if (all.used == 0) continue;
     for (int64_t m = 0; m < M; ++m) member(job, blocks, all, n, m, at, out + m * width);
-    const float members = float(M);  // divided by: 1 / M is not exact, and its error would not average out
+    const float members = float(M);  // a divisor: the error of 1 / M would be in all, and stay
 #pragma omp simd
     for (int64_t k = 0; k < length; ++k) mean[k] /= members, p_ln_p[k] /= members;
     int32_t label[MOST_EXAMPLES];
