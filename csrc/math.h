@@ -60,7 +60,7 @@ LSF_HD float log2_of(float x) {
   return float(e) + rest;
 }
 
-// ln x for x >= 0, absolute error 3e-8; -inf at 0; NaN and infinity stay.
+// ln x for x >= 0, absolute error 5e-8; -inf at 0; NaN and infinity stay.
 LSF_HD double ln_of(float x) {
   int32_t e;
   const float rest = log2_beside(x, e);
