@@ -1,8 +1,9 @@
 """Compiles Triton kernels for GPUs that are not here and reports what the compiler made of them.
 
-`record` runs a launcher on meta tensors and notes each kernel launch, with Triton's own specialisation rules, in
-place of launching it; `build` compiles such a launch for an architecture. Works only in a process without
-TRITON_INTERPRET. The report counts what a slow kernel shows: spills, shared memory, and tensor-core instructions.
+`record` runs a launcher on meta or CPU tensors and notes each kernel launch, specialised by
+Triton's rules, in place of launching it; `build` compiles such a launch for an architecture. Works
+only in a process without TRITON_INTERPRET. The report has what shows a slow kernel or one that
+cannot launch: spills, stack, shared memory, and which tensor-core and copy instructions there are.
 """
 
 import os
@@ -50,14 +51,14 @@ class Launch(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the compiler made of a launch: per thread registers and bytes, per block shared memory, instructions."""
+    """What the compiler made of a launch."""
 
-    registers: int
-    stack: int
-    local: int
-    spills: int
-    shared: int
-    counts: dict
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    local: int  # bytes per thread
+    spills: int  # loads and stores of local memory in the code
+    shared: int  # bytes per block
+    counts: dict  # of the instructions in `COUNTED`
 
 
 def record(call: Callable[[], object]) -> list[Launch]:

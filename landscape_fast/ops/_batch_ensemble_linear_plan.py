@@ -27,6 +27,7 @@ EFFICIENCY = {  # arch -> kind -> share of that rate in y, dx and dweight
 GEMM_LAUNCH = 4.0  # us: launch, ramp and tail of a product
 PASS_LAUNCH = 2.0  # us: of an elementwise pass or a reduction
 SUM_LAUNCH = 3.0  # us: of the kernel that adds up the parts of a split sum
+UNALIGNED = {"half": 0.1, "tf32": 0.5, "ieee": 0.8}  # share left where 16-byte loads are impossible
 ROWS = 64  # examples of a member that one tile holds
 TILE_BYTES = 1.5  # traffic of the weight gradient's epilogue, per member and weight
 
@@ -66,6 +67,7 @@ class Problem(NamedTuple):
     shared_x: bool = False
     has_r: bool = True
     has_s: bool = True
+    aligned: bool = True  # rows of x, weight and y allow 16-byte loads
 
 
 def choose(p: Problem, needs: Needs) -> Plan:
@@ -97,7 +99,7 @@ def estimate(p: Problem, needs: Needs, plan: Plan) -> float:
 
 def forward_fused(p: Problem) -> float:
     """One kernel; with few examples per member, its tiles span members at half the rate."""
-    share = EFFICIENCY[p.arch][p.kind][0]
+    share = _efficiency(p)[0]
     return _product(p, p.M * p.B, share if p.B >= ROWS else share / 2)
 
 
@@ -112,7 +114,7 @@ def forward_composed(p: Problem) -> float:
 
 def backward_fused(p: Problem, needs: Needs) -> float:
     """dx (with dr), dweight with ds and db (with dr where there is no dx), and their sum."""
-    dx, dweight = EFFICIENCY[p.arch][p.kind][1:]
+    _, dx, dweight = _efficiency(p)
     rows = p.M * -(-p.B // ROWS) * ROWS
     us = 0.0
     if needs.x:
@@ -148,6 +150,13 @@ def backward_composed(p: Problem, needs: Needs) -> float:
     if needs.weight:
         us += _product(p, rows, 1.0) + (_pass(p, 2 * x) if p.has_r else 0.0)
     return us
+
+
+def _efficiency(p: Problem) -> tuple[float, float, float]:
+    """Shares of the library's rate in y, dx and dweight."""
+    y, dx, dweight = EFFICIENCY[p.arch][p.kind]
+    left = 1.0 if p.aligned else UNALIGNED[p.kind]
+    return y * left, dx * left, dweight * left
 
 
 def _product(p: Problem, rows: int, share: float) -> float:

@@ -199,7 +199,11 @@ def _plan(x, weight, r, s, bias, members, batch_major, needs) -> Plan:
     O, I = weight.shape
     B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
     arch, kind = _architecture(x.device.index), kind_of(x.dtype)
-    problem = Problem(members, B, I, O, arch, kind, x.ndim == 2, r is not None, s is not None)
+    unit = 16 if arch == 80 else 16 // x.element_size()  # what vector loads, or descriptors, need
+    strides = (O, *x.stride()[:-1], *weight.stride()[:-1])
+    aligned = x.stride(-1) == 1 and weight.stride(-1) == 1 and all(n % unit == 0 for n in strides)
+    factors = (r is not None, s is not None)
+    problem = Problem(members, B, I, O, arch, kind, x.ndim == 2, *factors, aligned)
     return choose(problem, needs) if torch.compiler.is_compiling() else _chosen(problem, needs)
 
 
