@@ -200,7 +200,7 @@ def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_result(tmp_path, capsys
     train = ["train", "--method", method, "--members", "2", "--threads", "1", "--device", "cpu",
              "--epochs", "30"]  # fmt: skip
     out = tmp_path / "interrupted"
-    child = process(*train, "--out", out)
+    child = process(*train, "--out", out, "--overwrite")
     checkpoints = out / "checkpoints"
     deadline = time.monotonic() + 60
     while not list(checkpoints.glob("*.pt")) and time.monotonic() < deadline:
@@ -212,7 +212,7 @@ def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_result(tmp_path, capsys
     found = re.search(r"stopped in epoch \d+ after step \d+; saved (\S+)\n", stderr)
     assert found and found[1].startswith(str(checkpoints))
     assert f"continue with: landscape-fast train --method {method}" in stderr
-    assert stderr.rstrip().endswith("--resume")
+    assert stderr.rstrip().endswith("--resume") and "--overwrite" not in stderr
     assert not list(checkpoints.glob(".*")) and not (out / "results.json").exists()
 
     command = stderr.rstrip().splitlines()[-1].split("landscape-fast ")[1].split()

@@ -154,8 +154,7 @@ def accuracy_diversity(
     left, right = max(0.0, low - margin), min(1.0, high + margin)
     top = _limits(axis, left, right, float(points[limits_of].base_accuracy), classes)
     for place, (method, point) in enumerate(points.items()):
-        # smaller from place to place, so that bases of the same accuracy stay visible
-        _members(axis, point, method, method_colour(method, place), star=380 / (1 + place))
+        _members(axis, point, method, place)
     finite = torch.cat([p.normalised for p in points.values()]).cpu()
     finite = finite[finite.isfinite()]
     top = max(top, float(finite.max()) if len(finite) else 0.0)
@@ -171,13 +170,16 @@ def accuracy_diversity(
     return figure
 
 
-def _members(axis: Axes, point: DiversityPoints, method: str, colour: str, star: float) -> None:
+def _members(axis: Axes, point: DiversityPoints, method: str, place: int) -> None:
+    # Smaller from place to place and counted on alternate sides, so that methods which coincide
+    # stay visible.
+    colour, size, side = method_colour(method, place), (1 + place) ** -1.7, (9, -9)[place % 2]
     places = Counter(zip((100 * point.accuracy).tolist(), point.normalised.tolist(), strict=True))
     x, y = zip(*places, strict=True) if places else ((), ())
     axis.scatter(
         100 * float(point.base_accuracy),
         0,
-        s=star,
+        s=420 * size,
         marker="*",
         facecolors="white",
         edgecolors=colour,
@@ -189,7 +191,7 @@ def _members(axis: Axes, point: DiversityPoints, method: str, colour: str, star:
     axis.scatter(
         x,
         y,
-        s=62,
+        s=190 * size,
         marker=MARKERS.get(method, "s"),
         color=colour,
         edgecolors="white",
@@ -202,7 +204,8 @@ def _members(axis: Axes, point: DiversityPoints, method: str, colour: str, star:
             axis.annotate(
                 f"×{count}",
                 (a, d),
-                xytext=(7, 5),
+                xytext=(side, 5),
+                ha="left" if side > 0 else "right",
                 textcoords="offset points",
                 color=colour,
                 fontsize=9,

@@ -11,6 +11,7 @@ import torch
 from landscape_fast.data import Dataset
 from landscape_fast.landscape.diversity import pair_diversity
 from landscape_fast.methods import TrainConfig
+from landscape_fast.ops import ensemble_summary
 from landscape_fast.studies import report
 from landscape_fast.studies.compare import Problem, Result
 
@@ -182,11 +183,8 @@ def test_figures_get_the_data_of_the_results(results, dataset, tmp_path, monkeyp
     assert seen["heat_maps"][0]["deep"]["js"] is deep.pairs.js
     assert "toy" in seen["heat_maps"][1][0]
     curve = seen["reliability_diagram"][0]["deep"]
-    mean = deep.logits.softmax(-1).mean(0)
-    right = (mean.argmax(1) == dataset.test_y).double().mean()
-    assert float((curve.counts * curve.accuracy.nan_to_num()).sum() / 40) == pytest.approx(
-        float(right)
-    )
+    summary = ensemble_summary(deep.logits, dataset.test_y)
+    assert float(curve.ece) == pytest.approx(float(summary.ece), abs=1e-6)
     point = seen["accuracy_diversity"][0]["deep"]
     labels = deep.logits.argmax(-1)
     assert point.disagreement.tolist() == [
