@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from landscape_fast import __version__
+from landscape_fast.studies import commands as study
+from landscape_fast.studies.commands import PROGRAM, say
 from landscape_fast.studies.presets import (
     DATA,
     FAST_INITS,
@@ -25,20 +27,6 @@ from landscape_fast.studies.presets import (
     TRAINING,
 )
 
-PROGRAM = "landscape-fast"
-# Options of `train` and `demo` that go into TrainConfig unchanged, where they are given.
-_TRAINING_OPTIONS = (
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "schedule",
-    "label_smoothing",
-    "fast_lr_multiplier",
-    "seed",
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (the process's own if None); returns the exit code."""
@@ -48,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt as stop:
-        _say(f"{PROGRAM}: {str(stop) or 'stopped'}{_how_to_resume(args, argv)}")
+        say(f"{PROGRAM}: {str(stop) or 'stopped'}{_how_to_resume(args, argv)}")
         return 130
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         if os.environ.get("LANDSCAPE_FAST_DEBUG") == "1":
             raise
-        _say(f"{PROGRAM} {args.command}: error: {error}")
+        say(f"{PROGRAM} {args.command}: error: {error}")
         return 1
 
 
@@ -74,71 +62,91 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = _command(
+    _add_demo(commands)
+    _add_train(commands)
+    show = _command(
+        commands,
+        "show-config",
+        _show_config,
+        "print versions, devices and the backend of every op",
+        "Prints what this installation consists of and which backend runs each op.",
+    )
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add_demo(commands) -> None:
+    parser = _command(
         commands,
         "demo",
-        _demo,
+        study.demo,
         "train and compare ensembles on digits, in a minute",
         "Trains a single network, a deep ensemble and a BatchEnsemble on the digits of "
         "scikit-learn; prints a table and writes it with three figures.",
     )
-    demo.add_argument(
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("out"),
         metavar="DIR",
         help="folder of the results (default: out)",
     )
-    demo.add_argument(
+    parser.add_argument(
         "--epochs",
         type=_count,
         metavar="N",
         help=f"training epochs (default: {TRAINING['digits']['epochs']})",
     )
-    _add_common(demo, "1, networks this small gain nothing from more")
+    _add_common(parser, "1, networks this small gain nothing from more")
 
-    train = _command(
+
+def _add_train(commands) -> None:
+    parser = _command(
         commands,
         "train",
-        _train,
+        study.train,
         "train an ensemble and measure it",
         "Trains on real data and measures on its test rows. Ctrl-C saves a "
         "checkpoint; the same command with --resume continues to the same result.",
     )
-    train.add_argument(
+    parser.add_argument(
         "--data",
         choices=DATA,
         default="digits",
         help="data set (default: digits, which needs no files)",
     )
-    train.add_argument("--root", metavar="DIR", help="folder of the files of cifar10 or mnist")
-    train.add_argument(
+    parser.add_argument("--root", metavar="DIR", help="folder of the files of cifar10 or mnist")
+    parser.add_argument(
         "--model",
         choices=MODELS,
         help="architecture (default: by data set: "
         + ", ".join(f"{data} {model}" for data, model in MODEL_OF.items())
         + ")",
     )
-    train.add_argument(
+    parser.add_argument(
         "--method",
         choices=(*METHODS, "all"),
         default="deep",
         help="how to train; all: compare the three (default: deep)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
         help="folder of results and checkpoints (default: out/DATA-METHOD)",
     )
-    train.add_argument(
+    parser.add_argument(
         "--resume", action="store_true", help="continue from the checkpoints in --out"
     )
-    train.add_argument(
+    parser.add_argument(
         "--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out"
     )
-    _add_common(train, "torch's own choice")
-    settings = train.add_argument_group("training", "defaults depend on the data set")
+    _add_common(parser, "torch's own choice")
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    settings = parser.add_argument_group("training", "defaults depend on the data set")
     settings.add_argument("--epochs", type=_count, metavar="N")
     settings.add_argument("--batch-size", type=_count, metavar="N")
     settings.add_argument("--optimizer", choices=OPTIMIZERS)
@@ -169,16 +177,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="X",
         help="learning rate of these factors as a multiple of --lr (default: 1)",
     )
-
-    show = _command(
-        commands,
-        "show-config",
-        _show_config,
-        "print versions, devices and the backend of every op",
-        "Prints what this installation consists of and which backend runs each op.",
-    )
-    show.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
 
 
 def _command(commands, name: str, run: Callable, summary: str, description: str):
@@ -216,111 +214,12 @@ def _show_config(args: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(args: argparse.Namespace) -> int:
-    args.data, args.root, args.model, args.method = "digits", None, None, "all"
-    args.threads = args.threads or 1
-    return _study(args, checkpoints=None)
-
-
-def _train(args: argparse.Namespace) -> int:
-    if args.data != "digits" and args.root is None:
-        args.usage_error(f"argument --root: must be the folder of the {args.data} files; got none")
-    if args.method == "single" and args.members not in (None, 1):
-        args.usage_error(f"argument --members: must be 1 with --method single; got {args.members}")
-    if args.resume and args.overwrite:
-        args.usage_error("argument --overwrite: must not be given with --resume")
-    args.out = args.out or Path("out") / f"{args.data}-{args.method}"
-    checkpoints = args.out / "checkpoints"
-    old = sorted(checkpoints.glob("*.pt"))
-    if args.overwrite:
-        for path in old:
-            path.unlink()
-    elif old and not args.resume:
-        args.usage_error(
-            f"argument --out: must be a folder without an earlier run; got "
-            f"{checkpoints} with {len(old)} checkpoints; add --resume or --overwrite"
-        )
-    elif args.resume and not old:
-        _say(f"{PROGRAM} train: no checkpoints in {checkpoints}; starting from the beginning")
-    return _study(args, checkpoints)
-
-
-def _study(args: argparse.Namespace, checkpoints: Path | None) -> int:
-    """What demo and train have in common: train, measure, print, write."""
-    args.out.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads or threads)
-    try:
-        return _run_study(args, checkpoints)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run_study(args: argparse.Namespace, checkpoints: Path | None) -> int:
-    import torch
-
-    from landscape_fast.methods import TrainConfig
-    from landscape_fast.studies import report
-    from landscape_fast.studies.compare import Problem, compare
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        args.usage_error("argument --device: must be auto or cpu where torch sees no GPU; got cuda")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = automatic if args.device == "auto" else args.device
-    given = {name: getattr(args, name, None) for name in _TRAINING_OPTIONS}
-    config = TrainConfig(
-        **{
-            **TRAINING[args.data],
-            **{name: value for name, value in given.items() if value is not None},
-        }
-    )
-    problem = Problem(
-        args.data,
-        args.root,
-        args.model or MODEL_OF[args.data],
-        args.members or 4,
-        getattr(args, "fast_init", "random_sign"),
-        getattr(args, "pixels", "standardized"),
-    )
-    dataset = problem.load()
-    methods = METHODS if args.method == "all" else (args.method,)
-    results = compare(
-        problem,
-        dataset,
-        methods,
-        config,
-        device=device,
-        directory=checkpoints,
-        resume=getattr(args, "resume", False),
-        progress=not args.quiet,
-    )
-    document = report.make_document(results, dataset, problem, config, device)
-    paths = report.write_results(args.out, document)
-    try:
-        paths += report.write_figures(args.out, results, dataset)
-    except ImportError as error:
-        _say(f"{PROGRAM} {args.command}: no figures: {error}")
-    if args.json:
-        print(report.to_json(document), end="")
-    else:
-        print(report.headline(document), report.format_table(document["rows"]), sep="\n\n")
-        print("", *(f"- {note}" for note in document["notes"]), sep="\n")
-        print(f"\nwrote {', '.join(map(str, paths))}")
-    return 0
-
-
 def _how_to_resume(args: argparse.Namespace, argv: Sequence[str]) -> str:
     if args.command != "train":
         return ""
     again = [word for word in argv if word != "--overwrite"]
     again += [] if "--resume" in again else ["--resume"]
     return f"\ncontinue with: {PROGRAM} {shlex.join(again)}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _number(kind: type, rule: str, ok: Callable[[float], bool]) -> Callable[[str], float]:

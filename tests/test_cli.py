@@ -160,6 +160,16 @@ def test_an_output_that_cannot_be_made_fails_before_the_training(tmp_path, capsy
     assert code == 1 and "epoch" not in err and "Traceback" not in err
 
 
+def test_overwrite_keeps_the_checkpoints_until_the_data_is_there(tmp_path, capsys):
+    old = tmp_path / "checkpoints" / "member-000.pt"
+    old.parent.mkdir()
+    old.write_text("precious")
+    code, _, err = run(capsys, "train", "--data=mnist", "--root", tmp_path / "no", "--out",
+                       tmp_path, "--overwrite")  # fmt: skip
+    assert code == 1 and "mnist: root must be a folder" in err
+    assert old.read_text() == "precious"
+
+
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("LANDSCAPE_FAST_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
@@ -225,7 +235,7 @@ def test_ctrl_c_outside_training_is_quiet(capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupted)
+    monkeypatch.setattr(cli.study, "demo", interrupted)
     assert run(capsys, "demo") == (130, "", "landscape-fast: stopped\n")
 
 

@@ -4,13 +4,8 @@ from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import DeepEnsemble, Trained, train_deep_ensemble
 from landscape_fast.methods.interrupt import TrainingInterrupted
-from landscape_fast.methods.trainer import (
-    fit,
-    gibbs_cross_entropy,
-    make_optimizer,
-    param_groups,
-    predict,
-)
+from landscape_fast.methods.optim import make_optimizer, param_groups
+from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 
 __all__ = [
     "DeepEnsemble",

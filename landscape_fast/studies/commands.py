@@ -1,0 +1,117 @@
+"""What `landscape-fast demo` and `landscape-fast train` do, from parsed arguments to an exit code.
+
+torch is imported when a command runs, so that the parser can import this module for nothing.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from landscape_fast.studies.presets import METHODS, MODEL_OF, TRAINING
+
+PROGRAM = "landscape-fast"
+# Arguments that go into TrainConfig and Problem unchanged, where they are given.
+_TRAINING = (
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "schedule",
+    "label_smoothing",
+    "fast_lr_multiplier",
+    "seed",
+)
+_PROBLEM = ("data", "root", "model", "members", "fast_init", "pixels")
+
+
+def demo(args: Namespace) -> int:
+    """The three methods on digits, without checkpoints."""
+    args.data, args.model, args.method = "digits", "mlp", "all"
+    args.threads = args.threads or 1
+    return _study(args, checkpoints=None, old=[])
+
+
+def train(args: Namespace) -> int:
+    """One method, or all, on any data set, with checkpoints in the output folder."""
+    if args.data != "digits" and args.root is None:
+        args.usage_error(f"argument --root: must be the folder of the {args.data} files; got none")
+    if args.method == "single" and args.members not in (None, 1):
+        args.usage_error(f"argument --members: must be 1 with --method single; got {args.members}")
+    if args.resume and args.overwrite:
+        args.usage_error("argument --overwrite: must not be given with --resume")
+    args.model = args.model or MODEL_OF[args.data]
+    args.out = args.out or Path("out") / f"{args.data}-{args.method}"
+    checkpoints = args.out / "checkpoints"
+    old = sorted(checkpoints.glob("*.pt"))
+    if old and not (args.resume or args.overwrite):
+        args.usage_error(
+            f"argument --out: must be a folder without an earlier run; got {checkpoints} with "
+            f"{len(old)} checkpoints; add --resume or --overwrite"
+        )
+    if args.resume and not old:
+        say(f"{PROGRAM} train: no checkpoints in {checkpoints}; starting from the beginning")
+    return _study(args, checkpoints, old if args.overwrite else [])
+
+
+def say(text: str) -> None:
+    """One line for the user that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _study(args: Namespace, checkpoints: Path | None, old: list[Path]) -> int:
+    """Train, measure, write, print; `old` checkpoints are deleted when nothing can fail early."""
+    import torch
+
+    from landscape_fast.methods import TrainConfig
+    from landscape_fast.studies.compare import Problem, compare
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.usage_error("argument --device: must be auto or cpu where torch sees no GPU; got cuda")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = automatic if args.device == "auto" else args.device
+    config = TrainConfig(**{**TRAINING[args.data], **_given(args, _TRAINING)})
+    problem = Problem(**_given(args, _PROBLEM))
+    args.out.mkdir(parents=True, exist_ok=True)
+    dataset = problem.load()
+    for path in old:
+        path.unlink()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        results = compare(
+            problem,
+            dataset,
+            METHODS if args.method == "all" else (args.method,),
+            config,
+            device=device,
+            directory=checkpoints,
+            resume=getattr(args, "resume", False),
+            progress=not args.quiet,
+        )
+        return _report(args, results, dataset, problem, config, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _report(args, results, dataset, problem, config, device) -> int:
+    from landscape_fast.studies import report
+
+    document = report.make_document(results, dataset, problem, config, device)
+    paths = report.write_results(args.out, document)
+    try:
+        paths += report.write_figures(args.out, results, dataset)
+    except ImportError as error:
+        say(f"{PROGRAM} {args.command}: no figures: {error}")
+    if args.json:
+        print(report.to_json(document), end="")
+        return 0
+    print(report.headline(document), report.format_table(document["rows"]), sep="\n\n")
+    print("", *(f"- {note}" for note in document["notes"]), sep="\n")
+    print(f"\nwrote {', '.join(map(str, paths))}")
+    return 0
+
+
+def _given(args: Namespace, names: tuple[str, ...]) -> dict:
+    found = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
