@@ -22,7 +22,7 @@ def swizzled(pid, tall, wide, GROUP: tl.constexpr):
 def offset(index, stride, LONG: tl.constexpr):
     """index * stride, in int64 where a tensor spans 2**31 elements or more."""
     if LONG:
-        found = index.to(tl.int64) * stride
+        found = tl.cast(index, tl.int64) * stride
     else:
         found = index * stride
     return found
@@ -44,7 +44,7 @@ def load_tile(
     else:
         offs_r = row + tl.arange(0, BLOCK_R)
         offs_c = col + tl.arange(0, BLOCK_C)
-        p = source + offset(tl.cast(m, tl.int32), stride_m, LONG)
+        p = source + offset(m, stride_m, LONG)
         p += offset(offs_r, stride_r, LONG)[:, None] + offset(offs_c, stride_c, LONG)[None, :]
         inside = (offs_r < rows)[:, None]
         if not EVEN_C:
