@@ -6,6 +6,7 @@ their own. Parts are cut into tiles that never cross from one to the next; where
 part are multiples of 16 its tiles are wide, for 16-byte accesses, and elsewhere narrow.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Row(NamedTuple):
     wide: int = 0
 
 
+NO_ROW = Row(*[0] * len(Row._fields))
 COLUMNS = tl.constexpr(len(Row._fields))
 
 
@@ -74,6 +76,13 @@ def pieces(row: Sequence[int]) -> list[Row]:
         danchors=row.danchors + main if row.danchors >= 0 else -1,
     )
     return [wide, rest]
+
+
+@functools.lru_cache(maxsize=KEPT)
+def single(row: tuple[int, ...]) -> Row:
+    """The only piece of `row`, which then needs no table; NO_ROW if there are two."""
+    first, *more = pieces(row)
+    return NO_ROW if more else first
 
 
 def table(rows: Sequence[Sequence[int]], block: int, like: torch.Tensor) -> Table:

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import ARCHS, Config, arch, fastest, on_device
-from ._table import COLUMNS, NARROW, Row, Table, pieces, row_of_tile, table
+from ._launch import ARCHS, AUTOTUNE, Config, arch, fastest, on_device
+from ._table import COLUMNS, NARROW, NO_ROW, Row, Table, row_of_tile, single, table
 
 # (arch, BLOCK_K) -> Config: tiles for up to BLOCK_K anchors in registers. More than that go 8 at a
 # time backward, and forward (BLOCK_K 0) one by one with BLOCK_M members in registers. Origin:
@@ -300,17 +300,19 @@ def launch(kernel, programs: int, config: Config, *args) -> None:
 
 def _only(coeffs: torch.Tensor, rows) -> tuple[torch.Tensor, Row]:
     """A single piece needs no table: (its coefficients, it). Otherwise (coeffs, zeros)."""
-    if len(rows) > 1 or len(pieces(rows[0])) > 1:
-        return coeffs, Row(*[0] * len(Row._fields))
-    row = pieces(rows[0])[0]
+    row = NO_ROW if len(rows) > 1 else single(rows[0])
+    if row is NO_ROW:
+        return coeffs, row
     return coeffs if coeffs.ndim == 2 else coeffs.select(1, row.part), row
 
 
 def _tiles(config: Config, only: Row, rows, like: torch.Tensor) -> tuple[Config, Table]:
     if only.P == 0:
         return config, table(rows, config.tiles["BLOCK_P"], like)
-    block = config.tiles["BLOCK_P"] // (1 if only.wide else NARROW.value)
-    config = config._replace(tiles={**config.tiles, "BLOCK_P": block})
+    block = config.tiles["BLOCK_P"]
+    if not only.wide:
+        block //= NARROW.value
+        config = config._replace(tiles={**config.tiles, "BLOCK_P": block})
     tiles = triton.cdiv(only.P, block)
     return config, Table(None, 1, tiles, 0, 1, tiles)
 
@@ -321,6 +323,8 @@ def _strides(coeffs: torch.Tensor) -> tuple[int, int, int]:
 
 def _search(op: str, shipped: Config, coeffs, anchors, rows, run: Callable[[Config], None]):
     """`shipped`, or on request the fastest of its neighbours."""
+    if not AUTOTUNE:
+        return shipped
     block = shipped.tiles["BLOCK_P"]
     near = [
         shipped._replace(tiles={**shipped.tiles, "BLOCK_P": p}, num_warps=warps)

@@ -1,7 +1,9 @@
 """How the kernels of combine see a network: one buffer, cut into parts; and the registered ops."""
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,85 +15,101 @@ ALIGNMENT = 64  # elements; the parts of a buffer start at its multiples, so tha
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of csrc/api.h
 
 
-def size_of(t: Tensor) -> int:
-    """Elements of one anchor, or of one member."""
-    return math.prod(t.shape[1:])
+class _Blocks(NamedTuple):
+    """The blocks [rows, ...] of one buffer, for tensors [K, ...]."""
+
+    counts: tuple[int, ...]  # elements of one row
+    starts: tuple[int, ...]
+    cuts: tuple[tuple, ...]  # arguments of as_strided
+    end: int
 
 
-def _layout(rows: int, tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where the blocks [rows, ...] of a buffer for `tensors` start, and where the last one ends."""
-    starts, end = [], 0
-    for t in tensors:
+def _lay_out(rows: int, shapes: tuple[torch.Size, ...]) -> _Blocks:
+    counts, starts, cuts, end = [], [], [], 0
+    for _, *shape in shapes:
+        strides = [math.prod(shape[i:]) for i in range(len(shape) + 1)]
+        counts.append(strides[0])
         starts.append(end + -end % ALIGNMENT)
-        end = starts[-1] + rows * size_of(t)
-    return starts, end
+        cuts.append(((rows, *shape), tuple(strides), starts[-1]))
+        end = starts[-1] + rows * strides[0]
+    return _Blocks(tuple(counts), tuple(starts), tuple(cuts), end)
+
+
+_remembered = functools.lru_cache(maxsize=256)(_lay_out)
+
+
+def _blocks(rows: int, tensors: Sequence[Tensor]) -> _Blocks:
+    shapes = tuple([t.shape for t in tensors])
+    if torch.compiler.is_compiling():
+        return _lay_out(rows, shapes)
+    try:  # a network has hundreds of tensors, and the same ones at every step
+        return _remembered(rows, shapes)
+    except TypeError:  # symbolic sizes cannot be looked up
+        return _lay_out(rows, shapes)
 
 
 def _new_buffer(rows: int, tensors: Sequence[Tensor]) -> Tensor:
     """Room for [rows, ...] in place of each [K, ...]; a single one has its shape already."""
     if len(tensors) == 1:
         return tensors[0].new_empty((rows, *tensors[0].shape[1:]))
-    return tensors[0].new_empty((_layout(rows, tensors)[1],))
+    return tensors[0].new_empty((_blocks(rows, tensors).end,))
 
 
 def views(buffer: Tensor, rows: int, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The blocks [rows, ...] of the buffer that the registered ops return for `tensors`."""
     if len(tensors) < 2:
         return [buffer] * len(tensors)
-    lengths, end = [], 0
-    for start, t in zip(_layout(rows, tensors)[0], tensors, strict=True):
-        lengths += [start - end, rows * size_of(t)]
-        end = start + lengths[-1]
-    blocks = buffer.split(lengths)[1::2]  # one call, for a list of hundreds
-    return [b.view(rows, *t.shape[1:]) for b, t in zip(blocks, tensors, strict=True)]
+    return [buffer.as_strided(*cut) for cut in _blocks(rows, tensors).cuts]
 
 
-def _rows(anchors, sizes, parts, weights, danchors) -> list[tuple[int, ...]]:
+def _rows(anchors, counts, sizes, parts, weights, danchors) -> tuple[tuple[int, ...], ...]:
     """One tuple for each part with elements: the fields of CombinePart in csrc/api.h.
 
     Args:
+        counts: the elements of one anchor of each tensor.
         parts: the place in the coefficients of each tensor, or of the first of its `sizes`.
         weights: for each tensor where its weights start and how far apart members are.
         danchors: for each tensor where its gradient goes, -1 for none.
     """
-    rows, base, itemsize = [], None, anchors[0].element_size()
-    for a, part, (weight, stride_m), danchor in zip(anchors, parts, weights, danchors, strict=True):
-        P = size_of(a)
-        if P == 0:
-            continue
-        base = a.data_ptr() if base is None else base
-        there, done, several = (a.data_ptr() - base) // itemsize, 0, a.shape[0] > 1
-        stride_k = a.stride(0) if several else 0  # without a second anchor, distance means nothing
+    base, itemsize = _first(anchors).data_ptr(), anchors[0].element_size()
+    several = anchors[0].shape[0] > 1  # without a second anchor, the distance to it means nothing
+    rows = []
+    for a, P, part, (weight, stride_m), danchor in zip(
+        anchors, counts, parts, weights, danchors, strict=True
+    ):
+        stride_k = a.stride(0) if several else 0
         to_stride_k = P if several and danchor >= 0 else 0
+        there = (a.data_ptr() - base) // itemsize
         for size in (P,) if sizes is None else sizes:
-            to = danchor + done if danchor >= 0 else -1
-            row = (size, there + done, stride_k, weight + done, stride_m, to, to_stride_k, part)
             if size:
-                rows.append(row)
-            part, done = part + 1, done + size
-    return rows
+                rows.append(
+                    (size, there, stride_k, weight, stride_m, danchor, to_stride_k, part)
+                )
+            there, weight, part = there + size, weight + size, part + 1
+            danchor += size if danchor >= 0 else 0
+    return tuple(rows)
 
 
 def _first(tensors: Sequence[Tensor]) -> Tensor:
-    """What the offsets of `_rows` count from."""
-    return next((t for t in tensors if size_of(t)), tensors[0])
+    """What the offsets of `_rows` count from: an empty tensor has no address."""
+    return next((t for t in tensors if math.prod(t.shape[1:])), tensors[0])
 
 
 def _fwd_impl(coeffs, anchors, sizes, backend):
     M = coeffs.shape[0]
     weights = _new_buffer(M, anchors)
-    starts, _ = _layout(M, anchors)
-    places = [(s, size_of(a) if M > 1 else 0) for s, a in zip(starts, anchors, strict=True)]
-    rows = _rows(anchors, sizes, range(len(anchors)), places, [-1] * len(anchors))
+    counts, starts, _, _ = _blocks(M, anchors)
+    places = zip(starts, counts if M > 1 else [0] * len(counts), strict=True)
+    rows = _rows(anchors, counts, sizes, range(len(counts)), places, [-1] * len(counts))
     if not rows or coeffs.numel() == 0:
         return weights.zero_()
+    base = _first(anchors)
     if backend == "cuda":
-        base = _first(anchors)
         _call("combine_cuda", base, rows, *_described(coeffs, base), weights.data_ptr())
     else:
         from landscape_fast.kernels import combine as kernels
 
-        kernels.combine_fwd(coeffs, _first(anchors), weights, rows)
+        kernels.combine_fwd(coeffs, base, weights, rows)
     return weights
 
 
@@ -99,14 +117,14 @@ def _bwd_impl(coeffs, anchors, dweights, sizes, parts, need_coeffs, need_anchors
     M, K = coeffs.shape[0], coeffs.shape[-1]
     wanted = [a for a, need in zip(anchors, need_anchors, strict=True) if need]
     danchors = _new_buffer(K, wanted) if wanted else None
-    starts = iter(_layout(K, wanted)[0])
+    starts = iter(_blocks(K, wanted).starts)
+    to = [next(starts) if need else -1 for need in need_anchors]
     base, dbase = _first(anchors), _first(dweights)
     places = [
         ((g.data_ptr() - dbase.data_ptr()) // g.element_size(), g.stride(0) if M > 1 else 0)
         for g in dweights
     ]
-    to = [next(starts) if need else -1 for need in need_anchors]
-    rows = _rows(anchors, sizes, parts, places, to)
+    rows = _rows(anchors, _blocks(K, anchors).counts, sizes, parts, places, to)
     dcoeffs = None
     if need_coeffs:
         every = rows and (coeffs.ndim == 2 or len(rows) == coeffs.shape[1])
@@ -117,16 +135,14 @@ def _bwd_impl(coeffs, anchors, dweights, sizes, parts, need_coeffs, need_anchors
     elif backend == "cuda":
         if coeffs.ndim == 3 and coeffs.stride(1) == 0:  # there, a stride of 0 means a shared [M, K]
             coeffs = coeffs.contiguous()
-        size = _extension.C.combine_backward_cuda_workspace(
-            rows, _CODES[base.dtype], *coeffs.shape[::2]
-        )
+        size = _extension.C.combine_backward_cuda_workspace(rows, _CODES[base.dtype], M, K)
         _call(
             "combine_backward_cuda", base, rows, *_described(coeffs, base), dbase.data_ptr(),
             base.new_empty(size, dtype=torch.uint8).data_ptr(),
             0 if danchors is None else danchors.data_ptr(),
             0 if dcoeffs is None else dcoeffs.data_ptr(),
             coeffs.shape[1] if coeffs.ndim == 3 else 1,
-        )
+        )  # fmt: skip
     else:
         from landscape_fast.kernels import combine as kernels
 

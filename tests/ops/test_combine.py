@@ -27,7 +27,7 @@ DTYPES = [
 ]
 # (M, K, P): ones, primes, a block and a bit, more than one tile, each way to hold the anchors
 SHAPES = [(1, 1, 1), (3, 2, 7), (4, 3, 2064), (2, 5, 1027), (3, 17, 530), (9, 33, 40)]
-LIST = [(3, 5), (), (0, 2), (64, 32), (1031,), (16,)]  # shapes of a small network's parameters
+LIST = [(0, 2), (3, 5), (), (64, 32), (1031,), (16,)]  # shapes of a small network's parameters
 
 
 def listed(coeffs, *anchors, backend="auto"):
@@ -139,6 +139,7 @@ def test_list_equals_flat_equals_einsum(backend, device):
     whole = combine(coeffs, flat, sizes=sizes, backend=backend)
     assert [p.shape for p in parts] == [(4, *shape) for shape in LIST]
     assert all(p.is_contiguous() for p in parts)
+    assert all(p.data_ptr() % 64 == 0 for p in parts if p.numel())  # whole sectors for wide stores
     assert torch.equal(torch.cat([p.reshape(4, -1) for p in parts], 1), whole)
     layer = torch.repeat_interleave(torch.arange(len(LIST)), torch.tensor(sizes))
     truth = torch.einsum("mpk,kp->mp", coeffs[:, layer].double(), flat.double())
@@ -178,6 +179,8 @@ def test_strides_and_offsets(backend, device):
     check_op(combine, combine_reference, (layers, anchors), **options)
     tensors = [torch.randn(5, 3, 4, device=device)[::2], torch.randn(3, 9, device=device)[:, 2:]]
     check_op(listed, listed_reference, (transposed, *tensors), backend=backend, fence=False)
+    behind_nothing = transposed, torch.randn(3, 0, device=device), torch.randn(3, 40, device=device)
+    check_op(listed, listed_reference, behind_nothing, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
