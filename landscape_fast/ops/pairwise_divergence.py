@@ -10,10 +10,8 @@ from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
     declare,
     pick,
-    reference_backward,
     transforming,
     wants_grad,
-    wants_graph,
 )
 from landscape_fast.ops._library import define
 
@@ -184,18 +182,12 @@ class _PairwiseDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (logits,) = ctx.saved_tensors
-        if wants_graph():
-
-            def reference(x):
-                return pairwise_divergence_reference(x, ctx.kind)
-
-            return reference_backward(reference, (logits,), ctx.needs_input_grad, grad)
         return _gradient(logits, ctx.kind, grad), None, None
 
 
 def _gradient(logits: Tensor, kind: str, grad: Tensor) -> Tensor:
     """Gradient with respect to the logits, one member at a time: M times less memory than autograd
-    keeps for the reference."""
+    keeps for the reference. Plain PyTorch, so with create_graph it is differentiated in turn."""
     x = _widened(logits)
     p, ln_p = _probabilities(x, kind)
     weights = ((grad + grad.T) / 2 if kind == "js" else grad)[..., None, None]

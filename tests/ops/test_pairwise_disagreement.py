@@ -97,6 +97,15 @@ def test_first_of_equals_and_nan_is_largest(backend):
         assert torch.equal(got, by_hand(labels[:, None]))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("C", [40, 200])
+def test_ties_anywhere_in_a_row(C, backend):
+    logits = torch.randint(0, 3, (6, 50, C)).float()
+    logits[::2][torch.rand(3, 50, C) < 1 / C] = float("nan")
+    got = pairwise_divergence(logits.to(DEVICE[backend]), "disagreement", backend=backend)
+    assert torch.equal(got.cpu(), by_hand(logits.argmax(-1)))
+
+
 def test_registered_op_keeps_the_rules_of_torch():
     check_registered(PAGE._disagreement_op, (torch.randint(0, 3, (4, 9)), "cpp"))
     check_registered(PAGE._disagreement_op, (torch.randint(0, 3, (9, 4)).T, "cpp"))
