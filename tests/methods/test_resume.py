@@ -200,3 +200,16 @@ def test_a_checkpoint_of_another_model_data_stream_or_method_is_refused(tmp_path
         fit(plain(), x, y, CONFIG, stream=1, **options)
     with pytest.raises(ValueError, match=r"got method 'absent' \(now 'deep'\)"):
         fit(plain(), x, y, CONFIG, identity={"method": "deep"}, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["deep", "batch"])
+def test_on_a_gpu_too(tmp_path, method):
+    """Kernels are deterministic, and the dropout state of the GPU is part of the checkpoint."""
+    before = torch.cuda.get_rng_state()
+    expected = TRAIN[method](device="cuda")
+    with pytest.raises(TrainingInterrupted):
+        TRAIN[method](device="cuda", directory=tmp_path, on_step=interrupt_after(6))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    torch.cuda.manual_seed(1)
+    assert_same(TRAIN[method](device="cuda", directory=tmp_path, resume=True), expected)
