@@ -1,0 +1,72 @@
+// C entry points of the kernels for ctypes, and the switches of the machine that runs them. Structs
+// go by their fields, as in csrc/module.cpp.
+#include "api.h"
+#include "cuda_on_cpu.h"
+
+using namespace landscape_fast;
+
+extern "C" {
+
+// order: 0 forward, 1 reverse, 2 random by `seed`.
+void shim_order(int order, unsigned seed) {
+  cuda_on_cpu::machine.order = cuda_on_cpu::Order(order);
+  cuda_on_cpu::machine.seed = seed;
+}
+
+const char* shim_failure() { return cuda_on_cpu::machine.failure.c_str(); }
+long long shim_launches() { return cuda_on_cpu::machine.launches; }
+
+int64_t shim_divergence_workspace(int64_t M, int64_t N, int64_t C, int kind) {
+  return pairwise_divergence_cuda_workspace(M, N, C, Divergence(kind));
+}
+
+int shim_divergence(const void* data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm,
+                    int64_t sn, int64_t sc, int kind, void* workspace, float* out) {
+  return pairwise_divergence_cuda({data, Dtype(dtype), M, N, C, sm, sn, sc}, Divergence(kind),
+                                  workspace, out, nullptr);
+}
+
+int64_t shim_disagreement_workspace(int64_t M, int64_t N) {
+  return pairwise_disagreement_cuda_workspace(M, N);
+}
+
+int shim_disagreement(const void* data, int itemsize, int64_t M, int64_t N, int64_t sm, int64_t sn,
+                      void* workspace, float* out) {
+  return pairwise_disagreement_cuda({data, itemsize, M, N, sm, sn}, workspace, out, nullptr);
+}
+
+int64_t shim_summary_workspace(int64_t M, int64_t N, int64_t C, int64_t bins) {
+  return ensemble_summary_cuda_workspace(M, N, C, bins);
+}
+
+int shim_summary(const void* data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm,
+                 int64_t sn, int64_t sc, const int64_t* targets, int64_t bins,
+                 int64_t ignore_index, void* workspace, float* members, float* ensemble,
+                 int64_t* bad) {
+  return ensemble_summary_cuda({data, Dtype(dtype), M, N, C, sm, sn, sc}, targets, bins,
+                               ignore_index, workspace, members, ensemble, bad, nullptr);
+}
+
+int shim_combine(const int64_t* rows, int64_t L, int dtype, const void* coeffs, int coeffs_dtype,
+                 int64_t M, int64_t K, int64_t cm, int64_t cl, int64_t ck, const void* anchors,
+                 void* weights) {
+  return combine_cuda(reinterpret_cast<const CombinePart*>(rows), L, Dtype(dtype),
+                      {coeffs, Dtype(coeffs_dtype), M, K, cm, cl, ck}, anchors, weights, nullptr);
+}
+
+int64_t shim_combine_backward_workspace(const int64_t* rows, int64_t L, int dtype, int64_t M,
+                                        int64_t K) {
+  return combine_backward_cuda_workspace(reinterpret_cast<const CombinePart*>(rows), L,
+                                         Dtype(dtype), M, K);
+}
+
+int shim_combine_backward(const int64_t* rows, int64_t L, int dtype, const void* coeffs,
+                          int coeffs_dtype, int64_t M, int64_t K, int64_t cm, int64_t cl,
+                          int64_t ck, const void* anchors, const void* dweights, void* workspace,
+                          void* danchors, void* dcoeffs, int64_t dcoeffs_parts) {
+  return combine_backward_cuda(reinterpret_cast<const CombinePart*>(rows), L, Dtype(dtype),
+                               {coeffs, Dtype(coeffs_dtype), M, K, cm, cl, ck}, anchors, dweights,
+                               workspace, danchors, dcoeffs, dcoeffs_parts, nullptr);
+}
+
+}  // extern "C"
