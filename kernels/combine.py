@@ -17,17 +17,19 @@ from ._table import COLUMNS, NARROW, NO_ROW, Row, Table, row_of_tile, single, ta
 # (arch, BLOCK_K) -> Config: tiles for up to BLOCK_K anchors in registers. More than that go 8 at a
 # time backward, and forward (BLOCK_K 0) one by one with BLOCK_M members in registers. Origin:
 # registers and 16-byte accesses of the compiled code; none of it is timed on a GPU yet.
-_FORWARD = [(1, 2048), (2, 2048), (4, 1024), (8, 1024), (16, 1024), (32, 512), (0, 1024)]
-_BACKWARD = [(1, 2048), (2, 2048), (4, 1024), (8, 1024)]
+_FORWARD = [
+    (1, 2048, 4), (2, 2048, 4), (4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (32, 512, 4), (0, 512, 2)
+]  # fmt: skip
+_BACKWARD = [(1, 2048, 4), (2, 2048, 4), (4, 1024, 4), (8, 512, 2)]
 FORWARD_SHIPPED = {
-    (a, k): Config({"BLOCK_M": 8, "BLOCK_K": k, "BLOCK_P": p}, num_warps=4, num_stages=1)
+    (a, k): Config({"BLOCK_M": 8, "BLOCK_K": k, "BLOCK_P": p}, num_warps=warps, num_stages=1)
     for a in ARCHS
-    for k, p in _FORWARD
+    for k, p, warps in _FORWARD
 }
 BACKWARD_SHIPPED = {
-    (a, k): Config({"BLOCK_K": k, "BLOCK_P": p}, num_warps=4, num_stages=1)
+    (a, k): Config({"BLOCK_K": k, "BLOCK_P": p}, num_warps=warps, num_stages=1)
     for a in ARCHS
-    for k, p in _BACKWARD
+    for k, p, warps in _BACKWARD
 }
 SUM_TILE = 8192  # partials that one program of combine_sum_kernel has in flight at most
 
