@@ -56,9 +56,9 @@ int pairwise_divergence_cuda(const Logits& logits, Divergence kind, void* worksp
 int64_t pairwise_disagreement_cuda_workspace(int64_t M, int64_t N);
 int pairwise_disagreement_cuda(const Labels& labels, void* workspace, float* out, void* stream);
 
-// As on the CPU, except for targets out of range: their number goes to *bad (device memory). If it is
-// not 0, every output that depends on the targets is NaN: all but entropy and mutual information,
-// which count such an example like any other.
+// As on the CPU, except for targets out of range: their number goes to *bad (device memory). If it
+// is not 0, every output that depends on the targets is NaN: all but entropy and mutual
+// information, which count such an example like any other.
 int64_t ensemble_summary_cuda_workspace(int64_t M, int64_t N, int64_t C, int64_t bins);
 int ensemble_summary_cuda(const Logits& logits, const int64_t* targets, int64_t bins,
                           int64_t ignore_index, void* workspace, float* members, float* ensemble,
@@ -84,14 +84,14 @@ struct Coeffs {
   int64_t stride_m, stride_l, stride_k;
 };
 
-// All parts in one launch for each 256 of them; `parts` is host memory that is read during the call.
+// All parts in one launch for each 256 of them; `parts` is host memory, read during the call.
 int combine_cuda(const CombinePart* parts, int64_t L, Dtype dtype, const Coeffs& coeffs,
                  const void* anchors, void* weights, void* stream);
 
-// Reads the anchors once, and dweights once for each 8 of them (4 of a 16-bit type). Writes danchors
-// (null: not wanted) and dcoeffs (null: not wanted): [M, L, K] contiguous in the dtype of coeffs, or
-// [M, K], the sum over the parts, where coeffs.stride_l is 0. Parts that are not listed are left
-// alone. `weights` of a part is where its dweights lie.
+// Reads the anchors once, and dweights once for each 8 of them (4 of a 16-bit type). Writes
+// danchors (null: not wanted) and dcoeffs (null: not wanted): [M, L, K] contiguous in the dtype of
+// coeffs, or [M, K], the sum over the parts, where coeffs.stride_l is 0. Parts that are not listed
+// are left alone. `weights` of a part is where its dweights lie.
 int64_t combine_backward_cuda_workspace(const CombinePart* parts, int64_t L, Dtype dtype, int64_t M,
                                         int64_t K);
 int combine_backward_cuda(const CombinePart* parts, int64_t L, Dtype dtype, const Coeffs& coeffs,
