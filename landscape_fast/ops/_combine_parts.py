@@ -136,12 +136,11 @@ def _bwd_impl(coeffs, anchors, dweights, sizes, parts, need_coeffs, need_anchors
         if coeffs.ndim == 3 and coeffs.stride(1) == 0:  # there, a stride of 0 means a shared [M, K]
             coeffs = coeffs.contiguous()
         size = _extension.C.combine_backward_cuda_workspace(rows, _CODES[base.dtype], M, K)
+        workspace = base.new_empty(size, dtype=torch.uint8)
         _call(
             "combine_backward_cuda", base, rows, *_described(coeffs, base), dbase.data_ptr(),
-            base.new_empty(size, dtype=torch.uint8).data_ptr(),
-            0 if danchors is None else danchors.data_ptr(),
-            0 if dcoeffs is None else dcoeffs.data_ptr(),
-            coeffs.shape[1] if coeffs.ndim == 3 else 1,
+            workspace.data_ptr(), 0 if danchors is None else danchors.data_ptr(),
+            0 if dcoeffs is None else dcoeffs.data_ptr(), coeffs.shape[1] if coeffs.ndim == 3 else 1,
         )  # fmt: skip
     else:
         from landscape_fast.kernels import combine as kernels
