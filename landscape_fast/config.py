@@ -145,7 +145,8 @@ def openmp_runtimes() -> list[str]:
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return []
-    paths = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if line.count("/")}
+    lines = [line for line in maps.read_text().splitlines() if "/" in line]
+    paths = {line.split(maxsplit=5)[5].strip() for line in lines}
     return sorted({os.path.realpath(path) for path in paths if OPENMP.search(Path(path).name)})
 
 
