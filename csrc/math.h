@@ -35,12 +35,15 @@ LSF_HD float float_of(int32_t i) {
   return x;
 }
 
+// 2^n for -127 < n < 128; for any other n, which only NaN brings, some float.
+LSF_HD float two_to(int32_t n) { return float_of(int32_t(uint32_t(n + 127) << 23)); }
+
 // log2(x) - e for x >= 0, relative error 3e-8, with the e that brings it nearest to 0. At 0 (and
 // below 1e-38), for NaN and for infinity, some finite numbers.
 LSF_HD float log2_beside(float x, int32_t& e) {
-  const int32_t i = bits_of(x);
-  e = (i - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
-  const float f = float_of(i - int32_t(uint32_t(e) << 23)) - 1.0f;
+  const uint32_t i = uint32_t(bits_of(x));
+  e = int32_t(i - 0x3f3504f3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  const float f = float_of(int32_t(i - (uint32_t(e) << 23))) - 1.0f;
   float y = 0.1258355944f;
   y = y * f - 0.2072682098f;
   y = y * f + 0.2157154338f;
@@ -86,7 +89,7 @@ LSF_HD float exp_of(float x) {
   y = y * f + 1.0f;
   y = y * f + 1.0f;
   const int32_t half = n >> 1;  // 2^n in two factors, since it may be subnormal
-  return y * float_of((half + 127) * (1 << 23)) * float_of((n - half + 127) * (1 << 23));
+  return y * two_to(half) * two_to(n - half);
 }
 
 // One class of JS(p, q): (p ln(p / m) + q ln(q / m)) / 2 with m = (p + q) / 2. Not negative, 0

@@ -64,7 +64,7 @@ struct Scratch {
   Rows* rows;       // [M]
   Member* members;  // [M]
   float* p;         // [M, length]
-  float* d;         // [M, length]; for JS p log2 p
+  float* d;         // [M, length]; for JS half of p log2 p
   float* shift;     // [length]
 };
 
