@@ -54,9 +54,9 @@ def pairwise_divergence(logits: Tensor, kind: str = "js", *, backend: str = "aut
         ValueError: if its shape or dtype is not as above, `kind` is unknown, or the backend cannot
             run here.
 
-    Cost: one read of the logits; M * N * C exponentials, and for "js" half as many logarithms per
-        pair of members; no temporary of the size of the logits on the CPU. Members that are nearly
-        equal keep their digits: where a block's mean is below 4e-3 nats it is summed again from
+    Cost: one read of the logits; M * N * C exponentials, and for "js" N * C logarithms per member
+        and per pair of members; no temporary of the size of the logits on the CPU. Nearly equal
+        members keep their digits: where a block's mean is below 4e-3 nats it is summed again from
         terms without cancellation. "js" and "kl" are differentiable to any order; "disagreement"
         is constant almost everywhere, and its result requires no gradient.
 
