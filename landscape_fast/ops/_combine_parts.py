@@ -140,7 +140,8 @@ def _bwd_impl(coeffs, anchors, dweights, sizes, parts, need_coeffs, need_anchors
         _call(
             "combine_backward_cuda", base, rows, *_described(coeffs, base), dbase.data_ptr(),
             workspace.data_ptr(), 0 if danchors is None else danchors.data_ptr(),
-            0 if dcoeffs is None else dcoeffs.data_ptr(), coeffs.shape[1] if coeffs.ndim == 3 else 1,
+            0 if dcoeffs is None else dcoeffs.data_ptr(),
+            coeffs.shape[1] if coeffs.ndim == 3 else 1,
         )  # fmt: skip
     else:
         from landscape_fast.kernels import combine as kernels

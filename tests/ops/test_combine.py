@@ -19,6 +19,7 @@ from landscape_fast.testing import (
 )
 
 PAGE = sys.modules[combine.__module__]  # `landscape_fast.ops.combine` is the function
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [
     torch.float32,
@@ -94,8 +95,8 @@ def test_float32_coefficients_of_low_precision_anchors_are_not_rounded(backend, 
     coeffs_dtype=st.sampled_from([torch.float32, torch.float16]),
 )
 def test_any_sizes(M, K, sizes, layerwise, coeffs_dtype):
-    coeffs = torch.randn((M, len(sizes), K) if layerwise else (M, K)).to(coeffs_dtype)
-    anchors = torch.randn(K, sum(sizes)).to(torch.float16)
+    coeffs = torch.randn((M, len(sizes), K) if layerwise else (M, K)).to(DEVICE, coeffs_dtype)
+    anchors = torch.randn(K, sum(sizes)).to(DEVICE, torch.float16)
     check_op(
         lambda a, **o: combine(coeffs, a, **o), lambda a, **o: combine_reference(coeffs, a, **o),
         (anchors,), dtype=torch.float16, backend="triton", sizes=sizes,

@@ -72,7 +72,7 @@ def test_errors_say_what_must_be_and_what_is(case):
         combine(coeffs, anchors, **options)
 
 
-def test_the_cuda_kernel_is_not_given_more_anchors_than_it_takes(monkeypatch):
+def test_the_cuda_kernel_is_not_given_more_anchors_than_it_takes(monkeypatch, device):
     monkeypatch.setattr(PAGE, "CUDA_ANCHORS", 2)
     asked = []
 
@@ -81,7 +81,7 @@ def test_the_cuda_kernel_is_not_given_more_anchors_than_it_takes(monkeypatch):
         return "cuda" if backend == "auto" else backend
 
     monkeypatch.setattr(PAGE, "pick", pick)
-    coeffs, anchors = torch.randn(2, 3), torch.randn(3, 5)
+    coeffs, anchors = torch.randn(2, 3, device=device), torch.randn(3, 5, device=device)
     torch.testing.assert_close(combine(coeffs, anchors), combine_reference(coeffs, anchors))
     assert asked == ["auto", "triton"]
     with pytest.raises(ValueError, match="must be 'triton' or 'torch' for more than 2 anchors"):

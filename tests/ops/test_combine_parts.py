@@ -98,6 +98,60 @@ def test_numbers_written_inside_a_graph_are_the_uploaded_ones(device):
     assert torch.equal(uploaded, written) and written.tolist() == numbers
 
 
+def step(coeffs, anchors):
+    """Weights and all gradients on the path that reads tables."""
+    weights = combine(coeffs, anchors, backend="triton")
+    return weights + list(torch.autograd.grad(sum(w.sin().sum() for w in weights), anchors))
+
+
+def leaves():
+    coeffs = torch.randn(2, len(LIST), 3, device="cuda")
+    return coeffs, [a.requires_grad_() for a in network(3, "cuda")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("known", [True, False])
+def test_a_captured_graph_finds_or_writes_its_table(known):
+    coeffs, anchors = leaves()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(coeffs, anchors)
+    torch.cuda.current_stream().wait_stream(side)
+    if not known:
+        _table._entries.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(coeffs, anchors)
+    _table._entries.clear()  # what a replay reads must not be given back
+    torch.empty(1 << 20, device="cuda").fill_(float("nan"))
+    with torch.no_grad():
+        for a in anchors:
+            a.neg_()
+    graph.replay()
+    got = [t.clone() for t in captured]
+    assert all(torch.equal(a, b) for a, b in zip(got, step(coeffs, anchors), strict=True))
+
+
+@pytest.mark.gpu
+def test_new_tables_do_not_synchronise_and_other_streams_wait_for_them():
+    coeffs, anchors = leaves()
+    expected = step(coeffs, anchors)
+    _table._entries.clear()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)  # the upload waits behind it
+            step(coeffs, anchors)
+        got = step(coeffs, anchors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_wide_and_narrow_tiles_cover_each_part_once():
     rows = [
         (2048 + 21, 64, 32, 0, 48, -1, 0, 0),
