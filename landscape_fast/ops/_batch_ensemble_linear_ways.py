@@ -37,7 +37,7 @@ def composed(x, weight, r, s, bias, members, batch_major) -> tuple[Tensor, Tenso
         y = y * per_row(s, batch_major)
     elif bias is not None:
         y = y + per_row(bias, batch_major)
-    return y.contiguous(), z
+    return y, z
 
 
 def composed_backward(dy, x, weight, r, s, z, needs, bias_shared, batch_major):

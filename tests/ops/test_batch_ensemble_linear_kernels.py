@@ -21,7 +21,7 @@ from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear,
     batch_ensemble_linear_reference,
 )
-from landscape_fast.testing import check_op, check_registered
+from landscape_fast.testing import check_op, check_registered, fenced
 
 PAGE = sys.modules[batch_ensemble_linear.__module__]
 LAYOUTS = ["member_major", "batch_major", "folded", "shared", "shared batch_major"]
@@ -160,6 +160,7 @@ def test_the_same_in_64_bit_offsets(shared, device):
 @pytest.mark.parametrize("split", [(2, 16, 6), (3, 48, 1), (1, 32, 6), (3, 16, 3)], ids=str)
 def test_any_split_gives_the_same_sums(split, device):
     arguments, outputs = backward_inputs(3, 35, 24, 18, device)
+    arguments = [fenced(t) for t in arguments]
     dy, x, weight, r, s = (t.double() for t in arguments)
     backward.batch_ensemble_linear_bwd(
         *arguments, None, *outputs[1:], False, weight_config=small(), split=tiles.Split(*split)
