@@ -2,11 +2,12 @@
 
 A part is a stretch of memory that shares its coefficients: one parameter tensor, or a layer of a
 flat vector. Offsets count elements from a base pointer, so that parts may lie in allocations of
-their own. Parts are cut into tiles that never cross from one to the next; where all numbers of a
-part are multiples of 16 its tiles are wide, for 16-byte accesses, and elsewhere narrow.
+their own. Parts are cut into tiles that never cross from one to the next. Where all numbers of a
+part are multiples of 16 bytes its tiles are wide, with accesses of that size, and elsewhere narrow.
 """
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 KEPT = 256  # tables; each is some kilobytes
-NARROW = tl.constexpr(4)  # how many times smaller narrow tiles are
+NARROW = tl.constexpr(2)  # how many times smaller narrow tiles are, for their many addresses
 
 
 class Row(NamedTuple):
@@ -30,7 +31,7 @@ class Row(NamedTuple):
     danchors: int  # -1 where no gradient is wanted
     danchors_stride_k: int
     part: int
-    wide: int = 0
+    unit: int = 1  # power of two, up to 16 bytes of elements, that divides all of the above
 
 
 NO_ROW = Row(*[0] * len(Row._fields))
@@ -46,6 +47,7 @@ class Table(NamedTuple):
     steps: int  # of the search for the row of a tile
     parts: int
     most: int  # tiles of one part
+    unit: int  # of the narrow rows together
 
 
 class _Entry(NamedTuple):
@@ -58,30 +60,34 @@ _entries: OrderedDict[tuple, _Entry] = OrderedDict()
 _captured: dict[tuple, Table] = {}  # read by every replay of some CUDA graph: never given back
 
 
-def pieces(row: Sequence[int]) -> list[Row]:
-    """`row` with its width, its last P % 16 elements apart where the rest can then be wide."""
+def pieces(row: Sequence[int], full: int) -> list[Row]:
+    """`row` with its unit, of at most `full`; as two where all but its last elements are wide."""
     row = Row(*row)
-    far = row.anchors_stride_k | row.weights_stride_m | row.danchors_stride_k
-    aligned = (row.anchors | row.weights | max(row.danchors, 0) | far) % 16 == 0
-    main = row.P // 16 * 16
-    if not aligned or main == 0:
-        return [row]
-    wide = row._replace(P=main, wide=1)
-    if main == row.P:
-        return [wide]
+    to = max(row.danchors, 0) | row.danchors_stride_k
+    far = row.anchors | row.anchors_stride_k | row.weights | row.weights_stride_m | to
+    unit = math.gcd(far | row.P, full)  # of an OR of numbers: the power of two they share
+    main = row.P // full * full
+    if far % full or main in (0, row.P):
+        return [row._replace(unit=unit)]
     rest = row._replace(
         P=row.P - main,
         anchors=row.anchors + main,
         weights=row.weights + main,
         danchors=row.danchors + main if row.danchors >= 0 else -1,
+        unit=unit,
     )
-    return [wide, rest]
+    return [row._replace(P=main, unit=full), rest]
+
+
+def full_unit(t: torch.Tensor) -> int:
+    """Elements in 16 bytes."""
+    return 16 // t.element_size()
 
 
 @functools.lru_cache(maxsize=KEPT)
-def single(row: tuple[int, ...]) -> Row:
+def single(row: tuple[int, ...], full: int) -> Row:
     """The only piece of `row`, which then needs no table; NO_ROW if there are two."""
-    first, *more = pieces(row)
+    first, *more = pieces(row, full)
     return NO_ROW if more else first
 
 
@@ -93,14 +99,14 @@ def table(rows: Sequence[Sequence[int]], block: int, like: torch.Tensor) -> Tabl
     (`torch.cuda.graph` synchronises before it starts, so it is complete) and kept for good; a new
     one is written by kernels inside the graph. Either way addresses must not change afterwards.
     """
-    device = like.device
-    key = (device, block, *rows)
+    device, full = like.device, full_unit(like)
+    key = (device, block, full, *rows)
     entry = _entries.get(key)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if entry is None and capturing:
-        return _build(rows, block, device, _write_in_graph)
+        return _build(rows, block, full, device, _write_in_graph)
     if entry is None:
-        made = _build(rows, block, device, _upload)
+        made = _build(rows, block, full, device, _upload)
         event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         _entries[key] = _Entry(made, event, _stream(device))
         if len(_entries) > KEPT:
@@ -120,11 +126,11 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _build(rows, block, device, place) -> Table:
-    cut = [piece for row in rows for piece in pieces(row)]
+def _build(rows, block, full, device, place) -> Table:
+    cut = [piece for row in rows for piece in pieces(row, full)]
     first, sums = [0], []
     for row in cut:
-        tiles = triton.cdiv(row.P, block if row.wide else block // NARROW.value)
+        tiles = triton.cdiv(row.P, block if row.unit == full else block // NARROW.value)
         if not sums or sums[-1][0] != row.part:
             sums.append([row.part, first[-1], first[-1]])
         first.append(first[-1] + tiles)
@@ -132,7 +138,8 @@ def _build(rows, block, device, place) -> Table:
     numbers = [*first, *(n for row in cut for n in row), *(n for part in sums for n in part)]
     steps = (len(cut) - 1).bit_length()
     most = max(last - begin for _, begin, last in sums)
-    return Table(place(numbers, device), len(cut), first[-1], steps, len(sums), most)
+    unit = min(row.unit for row in cut)
+    return Table(place(numbers, device), len(cut), first[-1], steps, len(sums), most, unit)
 
 
 def _upload(numbers: list[int], device: torch.device) -> torch.Tensor:

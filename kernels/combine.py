@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._launch import ARCHS, AUTOTUNE, Config, arch, fastest, on_device
-from ._table import COLUMNS, NARROW, NO_ROW, Row, Table, row_of_tile, single, table
+from ._table import COLUMNS, NARROW, NO_ROW, Row, Table, full_unit, row_of_tile, single, table
 
 # (arch, BLOCK_K) -> Config: tiles for up to BLOCK_K anchors in registers. More than that go 8 at a
 # time backward, and forward (BLOCK_K 0) one by one with BLOCK_M members in registers. Origin:
@@ -34,6 +34,12 @@ BACKWARD_SHIPPED = {
 SUM_TILE = 8192  # partials that one program of combine_sum_kernel has in flight at most
 
 _NEVER_CONSTANT = ["M", "K", "R", "steps", "coeffs_stride_m", "coeffs_stride_l", "coeffs_stride_k"]
+
+
+@triton.jit
+def seen(x, UNIT: tl.constexpr):
+    """x, a multiple of UNIT, so that the compiler sees it and makes accesses that wide."""
+    return x // UNIT * UNIT
 
 
 @triton.jit
@@ -73,11 +79,27 @@ def _mix_tile(
         )
 
 
+@triton.jit
+def _mix_row(
+    coeffs_ptr, anchors_ptr, weights_ptr, row, M, K, place, m_first,
+    coeffs_stride_m, coeffs_stride_k, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    start = place * BLOCK_P
+    _mix_tile(
+        coeffs_ptr, anchors_ptr + seen(tl.load(row + 1), UNIT) + start,
+        weights_ptr + seen(tl.load(row + 3), UNIT) + start,
+        M, K, seen(tl.load(row), UNIT) - start, m_first, coeffs_stride_m, coeffs_stride_k,
+        seen(tl.load(row + 2), UNIT), seen(tl.load(row + 4), UNIT), BLOCK_M, BLOCK_K, BLOCK_P,
+    )
+
+
 @triton.jit(do_not_specialize=_NEVER_CONSTANT)
 def combine_fwd_kernel(
     coeffs_ptr, anchors_ptr, table_ptr, weights_ptr,
     M, K, P, R, steps,
     coeffs_stride_m, coeffs_stride_l, coeffs_stride_k, anchors_stride_k, weights_stride_m,
+    UNIT: tl.constexpr, FULL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # One program makes one tile of P: of all members, or of BLOCK_M of them where BLOCK_K is 0.
@@ -89,25 +111,19 @@ def combine_fwd_kernel(
         tile = tile // blocks
     if table_ptr is None:
         start = tile * BLOCK_P
-        _mix_tile(coeffs_ptr, anchors_ptr + start, weights_ptr + start, M, K, P - start, m,
-                  coeffs_stride_m, coeffs_stride_k, anchors_stride_k, weights_stride_m,
+        _mix_tile(coeffs_ptr, anchors_ptr + start, weights_ptr + start,
+                  M, K, seen(P, UNIT) - start, m, coeffs_stride_m, coeffs_stride_k,
+                  seen(anchors_stride_k, UNIT), seen(weights_stride_m, UNIT),
                   BLOCK_M, BLOCK_K, BLOCK_P)
     else:
         row, place = row_of_tile(table_ptr, tile, R, steps)
         coeffs_ptr += tl.load(row + 7) * coeffs_stride_l
-        if tl.load(row + 8) > 0:  # x // 16 * 16 is x, and shows the compiler that it is aligned
-            start = place * BLOCK_P
-            _mix_tile(coeffs_ptr, anchors_ptr + tl.load(row + 1) // 16 * 16 + start,
-                      weights_ptr + tl.load(row + 3) // 16 * 16 + start,
-                      M, K, tl.load(row) // 16 * 16 - start, m, coeffs_stride_m, coeffs_stride_k,
-                      tl.load(row + 2) // 16 * 16, tl.load(row + 4) // 16 * 16,
-                      BLOCK_M, BLOCK_K, BLOCK_P)
+        if tl.load(row + 8) == FULL:
+            _mix_row(coeffs_ptr, anchors_ptr, weights_ptr, row, M, K, place, m, coeffs_stride_m,
+                     coeffs_stride_k, FULL, BLOCK_M, BLOCK_K, BLOCK_P)
         else:
-            start = place * (BLOCK_P // NARROW)
-            _mix_tile(coeffs_ptr, anchors_ptr + tl.load(row + 1) + start,
-                      weights_ptr + tl.load(row + 3) + start,
-                      M, K, tl.load(row) - start, m, coeffs_stride_m, coeffs_stride_k,
-                      tl.load(row + 2), tl.load(row + 4), BLOCK_M, BLOCK_K, BLOCK_P // NARROW)
+            _mix_row(coeffs_ptr, anchors_ptr, weights_ptr, row, M, K, place, m, coeffs_stride_m,
+                     coeffs_stride_k, UNIT, BLOCK_M, BLOCK_K, BLOCK_P // NARROW)
 
 
 @triton.jit
@@ -149,13 +165,32 @@ def _grad_tile(
                  acc.to(danchors_ptr.dtype.element_ty), mask=inside & wanted)
 
 
+@triton.jit
+def _grad_row(
+    coeffs_ptr, anchors_ptr, dweights_ptr, danchors_ptr, partials_ptr, row, M, K, place, k,
+    coeffs_stride_m, coeffs_stride_k,
+    UNIT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    start = place * BLOCK_P
+    wanted = tl.load(row + 5) >= 0
+    if danchors_ptr is not None:
+        danchors_ptr += seen(tl.maximum(tl.load(row + 5), 0), UNIT) + start
+    _grad_tile(
+        coeffs_ptr, anchors_ptr + seen(tl.load(row + 1), UNIT) + start,
+        dweights_ptr + seen(tl.load(row + 3), UNIT) + start, danchors_ptr, partials_ptr,
+        M, K, seen(tl.load(row), UNIT) - start, k, wanted, coeffs_stride_m, coeffs_stride_k,
+        seen(tl.load(row + 2), UNIT), seen(tl.load(row + 4), UNIT), seen(tl.load(row + 6), UNIT),
+        BLOCK_K, BLOCK_P,
+    )
+
+
 @triton.jit(do_not_specialize=_NEVER_CONSTANT)
 def combine_bwd_kernel(
     coeffs_ptr, anchors_ptr, dweights_ptr, table_ptr, danchors_ptr, partials_ptr,
     M, K, P, R, steps,
     coeffs_stride_m, coeffs_stride_l, coeffs_stride_k,
     anchors_stride_k, dweights_stride_m, danchors_stride_k,
-    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
     # One program reads a tile of dweights and of BLOCK_K anchors, and makes their danchors and the
     # tile's share of dcoeffs, partials[tile, m, k]. Either output may be None.
@@ -167,31 +202,21 @@ def combine_bwd_kernel(
         partials_ptr += tile * M * K
     if table_ptr is None:
         start = tile * BLOCK_P
-        _grad_tile(coeffs_ptr, anchors_ptr + start, dweights_ptr + start,
-                   None if danchors_ptr is None else danchors_ptr + start, partials_ptr,
-                   M, K, P - start, k, True, coeffs_stride_m, coeffs_stride_k,
-                   anchors_stride_k, dweights_stride_m, danchors_stride_k, BLOCK_K, BLOCK_P)
+        if danchors_ptr is not None:
+            danchors_ptr += start
+        _grad_tile(coeffs_ptr, anchors_ptr + start, dweights_ptr + start, danchors_ptr,
+                   partials_ptr, M, K, seen(P, UNIT) - start, k, True, coeffs_stride_m,
+                   coeffs_stride_k, seen(anchors_stride_k, UNIT), seen(dweights_stride_m, UNIT),
+                   seen(danchors_stride_k, UNIT), BLOCK_K, BLOCK_P)
     else:
         row, place = row_of_tile(table_ptr, tile, R, steps)
-        wanted = tl.load(row + 5) >= 0
-        to = tl.maximum(tl.load(row + 5), 0)
         coeffs_ptr += tl.load(row + 7) * coeffs_stride_l
-        if tl.load(row + 8) > 0:
-            start = place * BLOCK_P
-            _grad_tile(coeffs_ptr, anchors_ptr + tl.load(row + 1) // 16 * 16 + start,
-                       dweights_ptr + tl.load(row + 3) // 16 * 16 + start,
-                       None if danchors_ptr is None else danchors_ptr + to // 16 * 16 + start,
-                       partials_ptr, M, K, tl.load(row) // 16 * 16 - start, k, wanted,
-                       coeffs_stride_m, coeffs_stride_k, tl.load(row + 2) // 16 * 16,
-                       tl.load(row + 4) // 16 * 16, tl.load(row + 6) // 16 * 16, BLOCK_K, BLOCK_P)
+        if tl.load(row + 8) == FULL:
+            _grad_row(coeffs_ptr, anchors_ptr, dweights_ptr, danchors_ptr, partials_ptr, row, M, K,
+                      place, k, coeffs_stride_m, coeffs_stride_k, FULL, BLOCK_K, BLOCK_P)
         else:
-            start = place * (BLOCK_P // NARROW)
-            _grad_tile(coeffs_ptr, anchors_ptr + tl.load(row + 1) + start,
-                       dweights_ptr + tl.load(row + 3) + start,
-                       None if danchors_ptr is None else danchors_ptr + to + start,
-                       partials_ptr, M, K, tl.load(row) - start, k, wanted, coeffs_stride_m,
-                       coeffs_stride_k, tl.load(row + 2), tl.load(row + 4), tl.load(row + 6),
-                       BLOCK_K, BLOCK_P // NARROW)
+            _grad_row(coeffs_ptr, anchors_ptr, dweights_ptr, danchors_ptr, partials_ptr, row, M, K,
+                      place, k, coeffs_stride_m, coeffs_stride_k, UNIT, BLOCK_K, BLOCK_P // NARROW)
 
 
 @triton.jit(do_not_specialize=["M", "K", "R", "tiles", "dcoeffs_stride_m", "dcoeffs_stride_l"])
@@ -232,7 +257,7 @@ def combine_fwd(
     coeffs [M, K] (for all parts) or [M, L, K], any strides; M, K >= 1 and at least one row.
     """
     M, K = coeffs.shape[0], coeffs.shape[-1]
-    coeffs, only = _only(coeffs, rows)
+    coeffs, only = _only(coeffs, rows, anchors)
 
     def run(config):
         config, where = _tiles(config, only, rows, anchors)
@@ -240,7 +265,7 @@ def combine_fwd(
         launch(
             combine_fwd_kernel, where.tiles * groups, config, coeffs, anchors, where.data, weights,
             M, K, only.P, where.rows, where.steps, *_strides(coeffs), only.anchors_stride_k,
-            only.weights_stride_m,
+            only.weights_stride_m, where.unit, full_unit(anchors),
         )
 
     with on_device(anchors):
@@ -265,9 +290,9 @@ def combine_bwd(
     """
     M, K = coeffs.shape[0], coeffs.shape[-1]
     shared = coeffs.ndim == 2
-    coeffs, only = _only(coeffs, rows)
+    coeffs, only = _only(coeffs, rows, anchors)
     if dcoeffs is not None:
-        dcoeffs, _ = _only(dcoeffs, rows)
+        dcoeffs, _ = _only(dcoeffs, rows, anchors)
 
     def run(config):
         config, where = _tiles(config, only, rows, anchors)
@@ -278,11 +303,14 @@ def combine_bwd(
         launch(
             combine_bwd_kernel, where.tiles * groups, config, coeffs, anchors, dweights, where.data,
             danchors, partials, M, K, only.P, where.rows, where.steps, *_strides(coeffs),
-            only.anchors_stride_k, only.weights_stride_m, only.danchors_stride_k,
+            only.anchors_stride_k, only.weights_stride_m, only.danchors_stride_k, where.unit,
+            full_unit(anchors),
         )
         if dcoeffs is None:
             return
-        parts, most, data = (1, where.tiles, None) if shared else where[4:] + where[:1]
+        parts, most, data = where.parts, where.most, where.data
+        if shared:  # the tiles of all parts add up
+            parts, most, data = 1, where.tiles, None
         block_t = min(SUM_TILE, max(128, triton.next_power_of_2(most)))
         launch(
             combine_sum_kernel, parts * M * K,
@@ -300,9 +328,9 @@ def launch(kernel, programs: int, config: Config, *args) -> None:
     kernel[(programs,)](*args, **config.options())
 
 
-def _only(coeffs: torch.Tensor, rows) -> tuple[torch.Tensor, Row]:
+def _only(coeffs: torch.Tensor, rows, like: torch.Tensor) -> tuple[torch.Tensor, Row]:
     """A single piece needs no table: (its coefficients, it). Otherwise (coeffs, zeros)."""
-    row = NO_ROW if len(rows) > 1 else single(rows[0])
+    row = NO_ROW if len(rows) > 1 else single(rows[0], full_unit(like))
     if row is NO_ROW:
         return coeffs, row
     return coeffs if coeffs.ndim == 2 else coeffs.select(1, row.part), row
@@ -312,11 +340,11 @@ def _tiles(config: Config, only: Row, rows, like: torch.Tensor) -> tuple[Config,
     if only.P == 0:
         return config, table(rows, config.tiles["BLOCK_P"], like)
     block = config.tiles["BLOCK_P"]
-    if not only.wide:
+    if only.unit < full_unit(like):
         block //= NARROW.value
         config = config._replace(tiles={**config.tiles, "BLOCK_P": block})
     tiles = triton.cdiv(only.P, block)
-    return config, Table(None, 1, tiles, 0, 1, tiles)
+    return config, Table(None, 1, tiles, 0, 1, tiles, only.unit)
 
 
 def _strides(coeffs: torch.Tensor) -> tuple[int, int, int]:

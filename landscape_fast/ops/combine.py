@@ -56,7 +56,7 @@ def combine(
 
     Cost: (K + M) * P elements moved and 2 * M * K * P flops; both gradients together move
         (2 * K + M) * P and take 4 * M * K * P, in one pass for up to 8 anchors. Differentiable to
-        any order. Accesses are widest where P and the sizes are multiples of 16. A flat tensor is
+        any order. Accesses are widest where P and the sizes are multiples of 8. A flat tensor is
         quickest: for a list, Python spends some microseconds per tensor, and on the Triton path a
         table of addresses is uploaded when they change.
 

@@ -154,20 +154,21 @@ def test_new_tables_do_not_synchronise_and_other_streams_wait_for_them():
 
 def test_wide_and_narrow_tiles_cover_each_part_once():
     rows = [
-        (2048 + 21, 64, 32, 0, 48, -1, 0, 0),
-        (40, 3, 32, 16, 48, 0, 16, 2),
+        (2048 + 21, 64, 32, 0, 48, -1, 0, 0),  # the last element apart
+        (40, 6, 32, 16, 48, 0, 16, 2),  # pairs
         (5, 0, 0, 0, 0, 0, 0, 3),
     ]
-    cut = [_table.pieces(row) for row in rows]
-    widths = [[(p.P, p.wide) for p in each] for each in cut]
-    assert widths == [[(2064, 1), (5, 0)], [(40, 0)], [(5, 0)]]
-    assert cut[0][1] == (5, 64 + 2064, 32, 2064, 48, -1, 0, 0, 0)
+    cut = [_table.pieces(row, 4) for row in rows]
+    units = [[(p.P, p.unit) for p in each] for each in cut]
+    assert units == [[(2068, 4), (1, 1)], [(40, 2)], [(4, 4), (1, 1)]]
+    assert cut[0][1] == (1, 64 + 2068, 32, 2068, 48, -1, 0, 0, 1)
+    assert [p.unit for p in _table.pieces(rows[1], 8)] == [2]
     table = _table.table(rows, 1024, torch.empty(0))
     first = table.data[: table.rows + 1].tolist()
-    assert first == [0, 3, 4, 5, 6] and table.tiles == 6 and 2**table.steps >= table.rows
+    assert first == [0, 3, 4, 5, 6, 7] and table.tiles == 7 and 2**table.steps >= table.rows
     sums = table.data[table.rows + 1 + table.rows * len(_table.Row._fields) :]
-    assert sums.view(-1, 3).tolist() == [[0, 0, 4], [2, 4, 5], [3, 5, 6]]  # part, tiles from, to
-    assert (table.parts, table.most) == (3, 4)
+    assert sums.view(-1, 3).tolist() == [[0, 0, 4], [2, 4, 5], [3, 5, 7]]  # part, tiles from, to
+    assert (table.parts, table.most, table.unit) == (3, 4, 1)
 
 
 def sparse(elements):
@@ -189,10 +190,10 @@ def test_offsets_beyond_int32(with_table, monkeypatch):
     for row in range(K):
         anchors[at[row] : at[row] + size] = values[row].numpy()
     coeffs = torch.tensor([[1.0, 2.0, 0.5], [-0.5, 0.25, 1.0], [0.0, -1.0, 0.0]])
-    table, numbers = None, (M, K, start + size, 1, 0, K, 0, 1, far, far)
+    table, numbers = None, [M, K, start + size, 1, 0, K, 0, 1, far, far]
     if with_table:  # its first tile is so far below 0 that program 0 is tile 2**31 / block
-        table = torch.tensor([-(start // block), 1, start + size, 0, far, 0, far, 0, far, 0, 0])
-        numbers = (M, K, 0, 1, 0, K, 0, 1, 0, 0)
+        table = torch.tensor([-(start // block), 1, start + size, 0, far, 0, far, 0, far, 0, 1])
+        numbers[2], numbers[-2:] = 0, [0, 0]
         block *= _table.NARROW.value
     else:
         first = TensorHandle(np.array([start // block], np.int32), triton.language.int32)
@@ -205,13 +206,14 @@ def test_offsets_beyond_int32(with_table, monkeypatch):
         return torch.stack([torch.from_numpy(array[a : a + size].copy()) for a in at])
 
     kernels.combine_fwd_kernel[(1,)](
-        coeffs, head(anchors), table, head(weights), *numbers, BLOCK_M=8, BLOCK_K=4, BLOCK_P=block
-    )
+        coeffs, head(anchors), table, head(weights), *numbers, 1, 8,
+        BLOCK_M=8, BLOCK_K=4, BLOCK_P=block,
+    )  # fmt: skip
     made = stored(weights)
     torch.testing.assert_close(made, combine_reference(coeffs, values))
     kernels.combine_bwd_kernel[(1,)](
         coeffs, head(anchors), head(weights), table, head(danchors), None, *numbers, numbers[-1],
-        BLOCK_K=4, BLOCK_P=block,
+        1, 8, BLOCK_K=4, BLOCK_P=block,
     )  # fmt: skip
     torch.testing.assert_close(stored(danchors), combine_reference(coeffs.T, made))
 
