@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tabm import LinearBatchEnsemble
 
 from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear,
@@ -156,7 +155,8 @@ def test_the_formula_written_out():
 
 def test_equals_tabm():
     """TabM's layer in its layout, [B, M, I]: output and all gradients, in float64."""
-    layer = LinearBatchEnsemble(5, 4, k=3, scaling_init=("random-signs", "normal")).double()
+    tabm = pytest.importorskip("tabm")
+    layer = tabm.LinearBatchEnsemble(5, 4, k=3, scaling_init=("random-signs", "normal")).double()
     x = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
     torch.nn.init.normal_(layer.bias)
     tensors = (x, layer.weight, layer.r, layer.s, layer.bias)
