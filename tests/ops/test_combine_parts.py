@@ -16,7 +16,7 @@ from landscape_fast.kernels import combine as kernels
 from landscape_fast.kernels._launch import INTERPRETED
 from landscape_fast.ops import _combine_parts
 from landscape_fast.ops.combine import combine, combine_reference
-from landscape_fast.testing import check_registered
+from landscape_fast.testing import assert_as_exact, check_registered
 
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 LIST = [(0, 2), (3, 5), (), (64, 32), (1031,), (16,)]  # shapes of a small network's parameters
@@ -66,6 +66,24 @@ def test_one_launch_for_the_whole_network(device, monkeypatch):
     combine(torch.randn(64, 2, device=device), torch.randn(2, P, device=device), backend="triton")
     ((_, programs),) = launches  # one program makes a tile of all 64 members
     assert programs == -(-P // kernels.FORWARD_SHIPPED[90, 2].tiles["BLOCK_P"])
+
+
+@pytest.mark.parametrize("sizes", [(19200,), (9000, 200, 10000)])
+def test_partial_sums_of_many_tiles(sizes, device, monkeypatch):
+    """More of them than one program of the sum has in flight, as in the largest networks."""
+    monkeypatch.setattr(kernels, "SUM_TILE", 128)
+    M, K, L, P = 2, 3, len(sizes), sum(sizes)
+    anchors, dweights = torch.randn(K, P, device=device), torch.randn(M, P, device=device)
+    starts = [sum(sizes[:part]) for part in range(L)]
+    rows = [(sizes[i], starts[i], P, starts[i], P, -1, 0, i) for i in range(L)]
+    coeffs, dcoeffs = torch.randn(M, L, K, device=device), torch.empty(M, L, K, device=device)
+    small = kernels.BACKWARD_SHIPPED[90, 4]._replace(tiles={"BLOCK_K": 4, "BLOCK_P": 64})
+    kernels.combine_bwd(coeffs, anchors, dweights, None, dcoeffs, rows, small)
+    assert max(sizes) / 64 > 128
+    pairs = zip(dweights.split(sizes, 1), anchors.split(sizes, 1), strict=True)
+    plain = torch.stack([d @ a.T for d, a in pairs], 1)
+    pairs = zip(dweights.double().split(sizes, 1), anchors.double().split(sizes, 1), strict=True)
+    assert_as_exact("dcoeffs", dcoeffs, plain, torch.stack([d @ a.T for d, a in pairs], 1))
 
 
 def test_the_table_is_uploaded_once_and_the_cache_is_bounded(device, monkeypatch):
