@@ -49,6 +49,11 @@ def arch(tensor: torch.Tensor) -> int:
     return _arch_of_device(tensor.device.index) if tensor.is_cuda else 80
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (`triton.cdiv` takes microseconds: it is made for use in kernels.)"""
+    return -(-a // b)
+
+
 @functools.cache
 def multiprocessors(index: int) -> int:
     """Streaming multiprocessors of a CUDA device."""
@@ -73,6 +78,7 @@ def fastest(
     `key` names the op, the GPU and all that the time depends on; it is timed once per process.
     `run` launches with a configuration; one that the compiler or the device refuses is left out.
     Nothing is timed while a CUDA graph is being captured.
+    A search may end differently in another process, and results then differ in their last bits.
     """
     if not AUTOTUNE or INTERPRETED:
         return shipped

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import on_device
+from ._launch import cdiv, on_device
 
 BLOCK = 4096  # elements one program reads at a time
 JOBS = 5  # sums per launch
@@ -64,8 +64,8 @@ def sum_parts(jobs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         part, out = jobs[j] if j < len(jobs) else (None, None)
         count, n = (part.shape[0], out.numel()) if part is not None else (0, 0)
         arguments += [part, out, count, n]
-        rows[f"ROWS{j}"] = min(64, triton.next_power_of_2(max(count, 1)))
-        blocks += triton.cdiv(n, BLOCK // rows[f"ROWS{j}"])
+        rows[f"ROWS{j}"] = min(64, 1 << (count - 1).bit_length() if count else 1)
+        blocks += cdiv(n, BLOCK // rows[f"ROWS{j}"])
     if blocks:
         with on_device(jobs[0][1]):
             sum_parts_kernel[(blocks,)](*arguments, **rows, BLOCK=BLOCK, num_warps=4)

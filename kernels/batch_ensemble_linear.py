@@ -183,16 +183,23 @@ def grid(programs: int) -> tuple[int]:
 
 def spans_long(*tensors: torch.Tensor | None) -> bool:
     """Whether an element of one of the tensors lies 2**31 elements or more from its first."""
-    return any(
-        sum((n - 1) * abs(stride) for n, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
-        for t in tensors
-        if t is not None
-    )
+    for t in tensors:
+        if t is None:
+            continue
+        if t.is_contiguous():
+            last = t.numel() - 1
+        else:
+            last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        if last >= 2**31:
+            return True
+    return False
 
 
 def describable(t: torch.Tensor) -> bool:
     """Whether a tensor descriptor can address `t`: unit stride last, 16-byte aligned rows."""
     size = t.element_size()
+    if t.is_contiguous() and t.shape[-1] * size % 16 == 0:
+        return t.data_ptr() % 16 == 0
     if t.data_ptr() % 16 or (t.stride(-1) != 1 and t.shape[-1] > 1):
         return False
     outer = zip(t.shape[:-1], t.stride()[:-1], strict=True)

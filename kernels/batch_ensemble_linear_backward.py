@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import batch_ensemble_linear_tiles as tiles
-from ._launch import AUTOTUNE, Config, arch, fastest, on_device
+from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, on_device
 from ._reduce import sum_parts
 from .batch_ensemble_linear import (
     describable,
@@ -233,9 +233,9 @@ def _input_gradient(dy, x, weight, r, s, dx, dr, tf32, long, config) -> Jobs:
 
     def launch(c: Config) -> Jobs:
         block_b, block_i, block_o = (c.tiles[k] for k in ("BLOCK_B", "BLOCK_I", "BLOCK_O"))
-        tiles_b, tiles_i = triton.cdiv(B, block_b), triton.cdiv(I, block_i)
+        tiles_b, tiles_i = cdiv(B, block_b), cdiv(I, block_i)
         members = tiles.shared_members(block_b, block_i, sms, M, B, I, O) if shared else 1
-        splits = triton.cdiv(M, members)
+        splits = cdiv(M, members)
         jobs, out = [], dx
         if shared and splits > 1:
             out = x.new_empty(splits, B, I, dtype=torch.float32)
@@ -276,9 +276,9 @@ def _weight_gradient(
 
     def launch(c: Config) -> Jobs:
         block_o, block_i, block_b = (c.tiles[k] for k in ("BLOCK_O", "BLOCK_I", "BLOCK_B"))
-        tiles_o, tiles_i = triton.cdiv(O, block_o), triton.cdiv(I, block_i)
+        tiles_o, tiles_i = cdiv(O, block_o), cdiv(I, block_i)
         split = fixed or tiles.weight_split(block_o, block_i, block_b, sms, M, B, I, O)
-        splits_b = triton.cdiv(B, split.examples)
+        splits_b = cdiv(B, split.examples)
         jobs, out = [], dweight
 
         def parts(count: int, result: torch.Tensor | None, *shape: int) -> torch.Tensor | None:

@@ -56,7 +56,7 @@ def _linear(arch: int) -> Iterator[Case]:
     name = "weight half small" if arch == 80 else "weight half medium tma"
     config = linear_tiles.SHIPPED[arch, name]
     yield Case("linear weight bare", _linear_call("weight half", config, half, factors=False), must)
-    for bucket in ("fwd half small", "x half small", "weight half tiny"):
+    for bucket in ("fwd half small", "x half small", "weight+r half tiny"):
         config = linear_tiles.SHIPPED[arch, bucket]
         yield Case(f"linear {bucket} long", _linear_call(bucket, config, half, long=True), must)
 

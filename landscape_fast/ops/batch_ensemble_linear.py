@@ -105,7 +105,7 @@ def batch_ensemble_linear(
         x = x.unflatten(0, (members, x.shape[0] // members))
     tensors = (x, weight, r, s, bias)
     sizes = (members, layout == "batch_major")
-    needs = Needs(*[wants_grad(t) for t in tensors])
+    needs = Needs(*[wants_grad(t) for t in tensors]) if torch.is_grad_enabled() else Needs()
     if name == "torch":
         plan = COMPOSED
     elif backend == "triton" or _dispatch.FORCED == "triton":
