@@ -1,6 +1,7 @@
 """Kernels run interpreted where there is no GPU: a switch to set before any kernel is imported."""
 
 import os
+import signal
 
 import torch
 
@@ -9,6 +10,10 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts in the background this way; here, tests press Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
