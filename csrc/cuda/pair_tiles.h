@@ -175,15 +175,16 @@ __device__ __forceinline__ void add_pairs(const Op& op, const Tile& tile, int64_
 }
 
 // The sums of one tile over one chunk. An Op also says how many examples to take between calls of
-// prepare(), which all threads make; what the sum over a chunk is worth (finish), given `self`, a sum
-// for each row of the tile; and for pairs that come out close, each accurate term of a second sum.
+// prepare(), which all threads make; what the sum over a chunk is worth (finish), given the sums of
+// `self`, x of the first row and y of the second; and for pairs that come out close the accurate terms
+// of a second sum.
 template <class Op, bool DIAGONAL>
 __device__ __forceinline__ void tile_sums(const Op& op, const Tile& tile, int64_t first,
                                           int64_t last, double* out) {
   using Tiles = typename Op::Tiles;
   constexpr int ROWS = Tiles::TI + Tiles::TJ, WORDS = SLOTS / Op::PACKED, EACH = WORDS / 32;
   LSF_SHARED(double, of_warp, PAIR_WARPS * SLOTS);
-  LSF_SHARED(double, self, ROWS);
+  LSF_SHARED(double, self, 2 * ROWS);
   LSF_SHARED(unsigned, lost, ROWS);  // for each row, from which rows the way to it is infinitely far
   LSF_SHARED(int, close, SLOTS);
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -211,12 +212,15 @@ __device__ __forceinline__ void tile_sums(const Op& op, const Tile& tile, int64_
   }
   for (int row = warp; row < ROWS; row += PAIR_WARPS) {
     const bool exists = row < Tiles::TI ? row < tile.ni : !DIAGONAL && row - Tiles::TI < tile.nj;
-    double sum = 0;
+    double as_from = 0, as_to = 0;
     for (int64_t n = first + lane; exists && n < last; n += 32) {
-      sum += op.self(Tiles::member(tile, row), n);
+      const double2 one = op.self(Tiles::member(tile, row), n);
+      as_from += one.x;
+      as_to += one.y;
     }
-    sum = group_sum(sum, 32);
-    if (lane == 0) self[row] = sum;
+    as_from = group_sum(as_from, 32);
+    as_to = group_sum(as_to, 32);
+    if (lane == 0) self[row] = as_from, self[ROWS + row] = as_to;
   }
   __syncthreads();
   double sum = 0;
@@ -224,7 +228,7 @@ __device__ __forceinline__ void tile_sums(const Op& op, const Tile& tile, int64_
   const RowPair mine = Tiles::pair(tile, thread);
   if (mine.from >= 0) {
     const bool infinite = lost[mine.to] >> mine.from & 1;
-    sum = Op::finish(sum, self[mine.from], self[mine.to], double(last - first));
+    sum = Op::finish(sum, self[mine.from], self[ROWS + mine.to]);
     if (infinite) sum += double(INFINITY);
   }
   close[thread] = mine.from >= 0 && Op::is_close(sum, double(last - first));

@@ -61,10 +61,8 @@ struct LabelOp {
       total[SLOTS / 64 + k] = double(sums[k] >> 16);
     }
   }
-  __device__ __forceinline__ double self(int64_t, int64_t) const { return 0; }
-  static __device__ __forceinline__ double finish(double sum, double, double, double) {
-    return sum;
-  }
+  __device__ __forceinline__ double2 self(int64_t, int64_t) const { return make_double2(0, 0); }
+  static __device__ __forceinline__ double finish(double sum, double, double) { return sum; }
   static __device__ __forceinline__ bool is_close(double, double) { return false; }
   __device__ __forceinline__ float accurate(int64_t, int64_t, int64_t, int) const { return 0; }
 };

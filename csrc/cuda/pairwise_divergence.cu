@@ -1,12 +1,9 @@
 // Pairwise JS and KL of M members over N examples of C classes.
 //
-// First the softmax of every row: its largest logit, the scale 1 / sum, and ln sum or the entropy, 16
-// bytes per row. With a single tile of members the blocks of pair_tiles_kernel do that themselves for
-// the rows they are about to use (the logits then come from HBM once), else row_stats_kernel does.
-// Then the tiles of pairs. JS(i, j) = ln 2 (1 - sum t log2 t / 2) - (H_i + H_j) / 2 with t = p_i + p_j
-// costs one addition, one logarithm and one FMA per pair and class and is bound by the unit that makes
-// the logarithms; KL takes p_i (ln p_i - ln p_j) from the difference of the logarithms, which needs no
-// centring: one subtraction and an FMA in each direction.
+// First the softmax of every row. With a single tile of members the blocks of pair_tiles_kernel make it
+// for the rows that they are about to use (the logits then come from HBM once), else row_stats_kernel
+// does. Then the tiles of pairs: JS is bound by the unit that makes its one logarithm per pair and
+// class, KL takes differences of logarithms, which needs no centring, and an FMA in each direction.
 #include <cfloat>
 
 #include "cuda/labels.h"
@@ -17,39 +14,46 @@
 namespace landscape_fast {
 namespace {
 
-// What is kept of a row's softmax. JS: the entropy is z + w, w being what z has rounded off. KL: z is
-// ln of the sum of e^(x - top).
-using Stats = float4;  // x: largest logit; y: 1 / sum
+constexpr double LN_2 = 0.6931471805599453;
+constexpr float TWICE_LOG2_E = 2.88539004f;
 
-__device__ __forceinline__ Stats stats_of(const Rows& rows, int64_t m, int64_t n, bool entropy) {
+// What is kept of the softmax of every row.
+struct Stats {
+  float4* rows;    // [M, N]: largest logit; scale, 1 / sum; ln sum, for JS instead 2 - 2 log2 sum
+  double2* about;  // [M, N], for JS alone: see JsOp
+};
+
+__device__ __forceinline__ void make_stats(const Rows& rows, int64_t m, int64_t n, const Stats& out,
+                                           bool mine) {
   const Softmax s = softmax_of(Row(rows, m, n));
-  Stats stats;
-  stats.x = s.top;
-  stats.y = float(1 / s.sum);
-  const double log_sum = ln_precise(s.sum);
-  // The entropy that the rounded scale gives, -sum p ln p for p that sum to 1 + excess: JS then depends
-  // on the rounding through ln of 2 p_i / (p_i + p_j) and not of p_i, which may be ten times as large.
-  const double exact = log_sum - s.weighted / s.sum, excess = double(stats.y) * s.sum - 1;
-  const double z = entropy ? exact + excess * (exact - 1) : log_sum;
-  stats.z = float(z);
-  stats.w = float(z - double(stats.z));
-  return stats;
+  if (!mine || int(threadIdx.x) % rows.lanes != 0) return;
+  const double ln_sum = log(s.sum);
+  const float scale = float(1 / s.sum);
+  const int64_t row = m * rows.logits.N + n;
+  if (!out.about) {
+    out.rows[row] = make_float4(s.top, scale, float(ln_sum), 0.0f);
+    return;
+  }
+  const float shift = float(2 - 2 / LN_2 * ln_sum);
+  const double g = double(scale) * (s.weighted - s.sum * (ln_sum - LN_2));
+  const double twice_g = double(scale) * (double(TWICE_LOG2_E) * s.weighted + double(shift) * s.sum);
+  out.rows[row] = make_float4(s.top, scale, shift, 0.0f);
+  out.about[row] = make_double2(g - LN_2 * twice_g, g);
 }
 
 constexpr int STATS_THREADS = 256;
 
-// stats[m, n] of all rows, one group of lanes for each.
-__global__ void __launch_bounds__(STATS_THREADS)
-row_stats_kernel(const Rows rows, bool entropy, Stats* __restrict__ stats) {
+// Statistics of all rows, one group of lanes for each.
+__global__ void __launch_bounds__(STATS_THREADS, 3)
+row_stats_kernel(const Rows rows, const Stats stats) {
   const int groups = STATS_THREADS / rows.lanes;
-  const int64_t M = rows.logits.M, N = rows.logits.N, count = M * N;
+  const int64_t N = rows.logits.N, count = rows.logits.M * N;
   const int64_t group = int64_t(threadIdx.x) / rows.lanes;
   for (int64_t begin = int64_t(blockIdx.x) * groups; begin < count;
        begin += int64_t(gridDim.x) * groups) {
     const bool mine = begin + group < count;
     const int64_t row = mine ? begin + group : count - 1;
-    const Stats s = stats_of(rows, row / N, row % N, entropy);
-    if (mine && threadIdx.x % rows.lanes == 0) stats[row] = s;
+    make_stats(rows, row / N, row % N, stats, mine);
   }
 }
 
@@ -64,9 +68,9 @@ struct DivergenceOp {
   static constexpr int PACKED = 1;
 
   Rows rows;
-  Stats* stats;      // [M, N]
+  Stats stats;
   int64_t examples;  // between calls of prepare
-  bool fused;        // whether prepare makes the stats
+  bool fused;        // whether prepare makes the statistics
 
   __device__ __forceinline__ int classes() const { return int(rows.logits.C); }
 
@@ -90,22 +94,20 @@ struct DivergenceOp {
     return x;
   }
 
-  __device__ __forceinline__ const Stats* stats_at(int64_t m, int64_t n) const {
-    return stats + m * rows.logits.N + n;
+  __device__ __forceinline__ const float4* stats_at(int64_t m, int64_t n) const {
+    return stats.rows + m * rows.logits.N + n;
   }
   __device__ __forceinline__ int64_t stats_step() const { return rows.logits.N; }
 
-  __device__ __forceinline__ void prepare(const Tile& tile, int64_t first, int64_t last,
-                                          bool entropy) const {
+  __device__ __forceinline__ void prepare(const Tile& tile, int64_t first, int64_t last) const {
     if (!fused) return;
     const int groups = PAIR_THREADS / rows.lanes, count = int(last - first) * tile.ni;
     const int group = int(threadIdx.x) / rows.lanes;
     for (int begin = 0; begin < count; begin += groups) {
       const bool mine = begin + group < count;
-      const int index = mine ? begin + group : count - 1;
-      const int64_t m = tile.i0 + index / int(last - first), n = first + index % int(last - first);
-      const Stats s = stats_of(rows, m, n, entropy);
-      if (mine && threadIdx.x % rows.lanes == 0) stats[m * rows.logits.N + n] = s;
+      const int row = mine ? begin + group : count - 1;
+      const int64_t m = tile.i0 + row / int(last - first), n = first + row % int(last - first);
+      make_stats(rows, m, n, stats, mine);
     }
   }
 
@@ -119,57 +121,58 @@ struct DivergenceOp {
   }
 };
 
+// JS(i, j) = sum of (g_i + g_j - ln 2 t log2 t) / 2 over the classes, with t = p_i + p_j and
+// g = p (ln p + ln 2). What is linear in functions of one member is known for a whole row from its
+// softmax, in float64. So a pair adds 2 g_i / ln 2 - t log2 t: one operation more than t log2 t, but as
+// small as the members are close, and so are the roundings of its sum. What a row's 2 g / ln 2, as
+// rounded here, add up to is known as well: `about` is (sum of g - ln 2 times that, sum of g).
 struct JsOp : DivergenceOp<Tiling<16, 8, false>> {
-  using Value = float;  // a probability
-
-  __device__ __forceinline__ void prepare(const Tile& tile, int64_t first, int64_t last) const {
-    DivergenceOp::prepare(tile, first, last, true);
-  }
+  struct Value {
+    float p, twice_g;
+  };
 
   // Never 0, so that the logarithm of a sum of two is finite; too small to change any sum.
-  static __device__ __forceinline__ float nothing() { return 1e-37f; }
+  static constexpr float TINY = 1e-37f;
+  static __device__ __forceinline__ Value nothing() { return {TINY, 0.0f}; }
 
-  static __device__ __forceinline__ float value(float x, const Stats* row) {
-    return exp_of(x - row->x) * row->y + nothing();
+  static __device__ __forceinline__ Value value(float x, const float4* row) {
+    const float below = x - row->x, d = below < -105.0f ? -105.0f : below;  // 0 * -inf is 0 here
+    const float p = exp_of(d) * row->y;
+    return {p + TINY, p * fmaf(d, TWICE_LOG2_E, row->z)};
   }
 
   template <int ROWS>
-  static __device__ __forceinline__ void settle(float (&)[ROWS], unsigned*) {}
+  static __device__ __forceinline__ void settle(Value (&)[ROWS], unsigned*) {}
 
   // The t of an example sum to 2: the error of the logarithm makes at most 1.7e-7 nats of JS.
-  static __device__ __forceinline__ void add(float (&sums)[SLOTS], int slot, float p, float q) {
-    const float t = p + q;
-    sums[slot] += t * log2_quick(t);
+  static __device__ __forceinline__ void add(float (&sums)[SLOTS], int slot, const Value& i,
+                                             const Value& j) {
+    const float t = i.p + j.p;
+    sums[slot] += i.twice_g - t * log2_quick(t);
   }
 
-  __device__ __forceinline__ double self(int64_t m, int64_t n) const {
-    const Stats s = *stats_at(m, n);
-    return double(s.z) + double(s.w);
+  __device__ __forceinline__ double2 self(int64_t m, int64_t n) const {
+    return stats.about[m * rows.logits.N + n];
   }
 
-  static __device__ __forceinline__ double finish(double sum, double h, double g, double count) {
-    return 0.6931471805599453 * (count - 0.5 * sum) - 0.5 * (h + g);
+  static __device__ __forceinline__ double finish(double sum, double of_i, double of_j) {
+    return 0.5 * (LN_2 * sum + of_i + of_j);
   }
 
   __device__ __forceinline__ float accurate(int64_t i, int64_t j, int64_t n, int c) const {
-    return js_term(value(logit(i, n, c), stats_at(i, n)), value(logit(j, n, c), stats_at(j, n)));
+    return js_term(value(logit(i, n, c), stats_at(i, n)).p,
+                   value(logit(j, n, c), stats_at(j, n)).p);
   }
-};
-
-struct Likely {
-  float p, ln_p;
 };
 
 struct KlOp : DivergenceOp<Tiling<8, 8, true>> {
-  using Value = Likely;
+  struct Value {
+    float p, ln_p;
+  };
 
-  __device__ __forceinline__ void prepare(const Tile& tile, int64_t first, int64_t last) const {
-    DivergenceOp::prepare(tile, first, last, false);
-  }
+  static __device__ __forceinline__ Value nothing() { return {0.0f, 0.0f}; }
 
-  static __device__ __forceinline__ Likely nothing() { return {0.0f, 0.0f}; }
-
-  static __device__ __forceinline__ Likely value(float x, const Stats* row) {
+  static __device__ __forceinline__ Value value(float x, const float4* row) {
     const float d = x - row->x;
     return {exp_of(d) * row->y, d - row->z};
   }
@@ -177,7 +180,7 @@ struct KlOp : DivergenceOp<Tiling<8, 8, true>> {
   // Where ln p is -inf it becomes 0, and `lost` remembers who is infinitely far from that row: all
   // with p > 0.
   template <int ROWS>
-  static __device__ __forceinline__ void settle(Likely (&value)[ROWS], unsigned* lost) {
+  static __device__ __forceinline__ void settle(Value (&value)[ROWS], unsigned* lost) {
     unsigned gone = 0;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
@@ -194,60 +197,65 @@ struct KlOp : DivergenceOp<Tiling<8, 8, true>> {
     }
   }
 
-  static __device__ __forceinline__ void add(float (&sums)[SLOTS], int slot, const Likely& a,
-                                             const Likely& b) {
-    const float d = a.ln_p - b.ln_p;
-    sums[slot] += a.p * d;
-    sums[slot + SLOTS / 2] -= b.p * d;
+  static __device__ __forceinline__ void add(float (&sums)[SLOTS], int slot, const Value& i,
+                                             const Value& j) {
+    const float d = i.ln_p - j.ln_p;
+    sums[slot] += i.p * d;
+    sums[slot + SLOTS / 2] -= j.p * d;
   }
 
   // 0, or NaN where the row is.
-  __device__ __forceinline__ double self(int64_t m, int64_t n) const {
+  __device__ __forceinline__ double2 self(int64_t m, int64_t n) const {
     const float z = stats_at(m, n)->z;
-    return double(z - z);
+    return make_double2(double(z - z), double(z - z));
   }
 
-  static __device__ __forceinline__ double finish(double sum, double h, double g, double) {
-    return sum + h + g;
+  static __device__ __forceinline__ double finish(double sum, double of_i, double of_j) {
+    return sum + of_i + of_j;
   }
 
   __device__ __forceinline__ float accurate(int64_t i, int64_t j, int64_t n, int c) const {
-    Likely pair[2] = {value(logit(i, n, c), stats_at(i, n)),
-                      value(logit(j, n, c), stats_at(j, n))};
-    for (Likely& v : pair) v.ln_p = v.ln_p == -INFINITY ? 0.0f : v.ln_p;
+    Value pair[2] = {value(logit(i, n, c), stats_at(i, n)), value(logit(j, n, c), stats_at(j, n))};
+    for (Value& v : pair) v.ln_p = v.ln_p == -INFINITY ? 0.0f : v.ln_p;
     if (pair[0].p == 0.0f) return pair[1].p;
     return kl_term_log(pair[0].p, pair[1].p, pair[1].ln_p - pair[0].ln_p);
   }
 };
 
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+// The workspace: statistics of the rows, then the sums of the tiles.
+template <class Op>
 struct Layout {
+  static constexpr bool JS = !Op::Tiles::DIRECTED;
   PairPlan plan;
-  int64_t stats;  // bytes
+  int64_t rows, about;  // bytes
+
+  Layout(int64_t M, int64_t N, int64_t C)
+      : plan(plan_pairs(Op::Tiles::count(M), N, C)),
+        rows(aligned(M * N * int64_t(sizeof(float4)))),
+        about(JS ? aligned(M * N * int64_t(sizeof(double2))) : 0) {}
+
+  int64_t bytes() const { return rows + about + plan.sums() * int64_t(sizeof(double)); }
 };
 
 template <class Op>
-Layout layout_of(int64_t M, int64_t N, int64_t C) {
-  return {plan_pairs(Op::Tiles::count(M), N, C), M * N * int64_t(sizeof(Stats))};
-}
-
-int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
-
-template <class Op>
 int launch(const Logits& logits, void* workspace, float* out, void* stream) {
-  const Layout layout = layout_of<Op>(logits.M, logits.N, logits.C);
+  const Layout<Op> layout(logits.M, logits.N, logits.C);
+  char* const at = static_cast<char*>(workspace);
   Op op;
   op.rows = rows_of(logits);
-  op.stats = static_cast<Stats*>(workspace);
+  op.stats.rows = reinterpret_cast<float4*>(at);
+  op.stats.about = layout.JS ? reinterpret_cast<double2*>(at + layout.rows) : nullptr;
   op.fused = layout.plan.tiles == 1;
   const int64_t elements = op.fused ? CHUNK_ELEMENTS : int64_t(FLUSH) * PAIR_THREADS;
   op.examples = std::max<int64_t>(1, elements / logits.C);
   if (!op.fused && logits.N > 0) {
-    constexpr bool ENTROPY = !Op::Tiles::DIRECTED;
     const int64_t blocks = ceil_div(logits.M * logits.N, STATS_THREADS / op.rows.lanes);
     const dim3 grid(unsigned(std::min<int64_t>(blocks, 1 << 20)), 1, 1);
-    LSF_LAUNCH(row_stats_kernel, grid, dim3(STATS_THREADS, 1, 1), 0, stream, op.rows, ENTROPY, op.stats);
+    LSF_LAUNCH(row_stats_kernel, grid, dim3(STATS_THREADS, 1, 1), 0, stream, op.rows, op.stats);
   }
-  auto* sums = reinterpret_cast<double*>(static_cast<char*>(workspace) + aligned(layout.stats));
+  auto* sums = reinterpret_cast<double*>(at + layout.rows + layout.about);
   launch_pairs(op, layout.plan, logits.M, logits.N, sums, out, stream);
   return int(cudaGetLastError());
 }
@@ -256,12 +264,9 @@ int launch(const Logits& logits, void* workspace, float* out, void* stream) {
 
 int64_t pairwise_divergence_cuda_workspace(int64_t M, int64_t N, int64_t C, Divergence kind) {
   if (M == 0) return 0;
-  if (kind == Divergence::disagreement) {
-    return aligned(M * N * int64_t(sizeof(int32_t))) + pairwise_disagreement_cuda_workspace(M, N);
-  }
-  const Layout layout = kind == Divergence::js ? layout_of<JsOp>(M, N, C)
-                                               : layout_of<KlOp>(M, N, C);
-  return aligned(layout.stats) + layout.plan.sums() * int64_t(sizeof(double));
+  if (kind == Divergence::js) return Layout<JsOp>(M, N, C).bytes();
+  if (kind == Divergence::kl) return Layout<KlOp>(M, N, C).bytes();
+  return aligned(M * N * int64_t(sizeof(int32_t))) + pairwise_disagreement_cuda_workspace(M, N);
 }
 
 int pairwise_divergence_cuda(const Logits& logits, Divergence kind, void* workspace, float* out,

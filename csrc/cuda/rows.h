@@ -103,52 +103,44 @@ struct Row {
 __device__ __forceinline__ float times_log(float y, float d) { return y * (d < -105.0f ? -105.0f : d); }
 
 // Largest x; sum of e^(x - top); sum of e^(x - top) * (x - top). The sums are NaN for a row with a NaN
-// or +inf, and 0 for a row of -inf.
+// or +inf; the first is 0 for a row of -inf.
 struct Softmax {
   float top;
   double sum, weighted;
 };
 
-// All lanes of the group get the result; all 32 lanes of the warp must take part.
+// All lanes of the group get the result; all 32 lanes of the warp must take part. A row of more than
+// one batch is read twice, the second time from the cache: sums relative to the largest logit so far
+// would have to be rescaled, and JS feels that rounding. More than four terms are added in float64.
 __device__ __forceinline__ Softmax softmax_of(const Row& row) {
-  float top = -INFINITY, sum = 0, weighted = 0;
+  float x[BATCH], top = -INFINITY;
   for (int base = 0; base < row.C; base += row.step()) {
-    float x[BATCH];
     row.load(base, x);
-    float highest = top;
 #pragma unroll
-    for (int v = 0; v < BATCH; ++v) highest = x[v] > highest ? x[v] : highest;
-    if (highest > top && top > -INFINITY) {
-      const float shift = top - highest, scale = exp_of(shift);
-      weighted = scale * weighted + times_log(scale, shift) * sum;
-      sum *= scale;
-    }
-    top = highest;
-    const float from = top == -INFINITY ? 0.0f : top;
-#pragma unroll
-    for (int v = 0; v < BATCH; ++v) {
-      const float d = x[v] - from, y = exp_of(d);
-      sum += y;
-      weighted += times_log(y, d);
-    }
+    for (int v = 0; v < BATCH; ++v) top = x[v] > top ? x[v] : top;
   }
-  float highest = top;
   for (int o = row.lanes / 2; o > 0; o /= 2) {
-    const float other = __shfl_xor_sync(WHOLE_WARP, highest, o);
-    highest = other > highest ? other : highest;
+    const float other = __shfl_xor_sync(WHOLE_WARP, top, o);
+    top = other > top ? other : top;
   }
-  const float shift = top == -INFINITY ? 0.0f : top - highest, scale = exp_of(shift);
-  weighted = scale * weighted + times_log(scale, shift) * sum;
-  sum *= scale;
-  return {highest, group_sum(double(sum), row.lanes), group_sum(double(weighted), row.lanes)};
-}
-
-// ln x with an absolute error of 4e-8, for x > 0; like ln_of for the rest.
-__device__ __forceinline__ double ln_precise(double x) {
-  if (!(x > 0 && x < HUGE_VAL)) return double(ln_of(float(x)));
-  int exponent;
-  const double mantissa = frexp(x, &exponent);
-  return exponent * 0.6931471805599453 + double(ln_of(float(mantissa)));
+  const float from = top == -INFINITY ? 0.0f : top;
+  double sum = 0, weighted = 0;
+  for (int base = 0; base < row.C; base += row.step()) {
+    if (row.C > row.step()) row.load(base, x);
+#pragma unroll
+    for (int v = 0; v < BATCH; v += 4) {
+      float y[4], yd[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float d = x[v + k] - from;
+        y[k] = exp_of(d);
+        yd[k] = times_log(y[k], d);
+      }
+      sum += double((y[0] + y[1]) + (y[2] + y[3]));
+      weighted += double((yd[0] + yd[1]) + (yd[2] + yd[3]));
+    }
+  }
+  return {top, group_sum(sum, row.lanes), group_sum(weighted, row.lanes)};
 }
 
 struct Best {

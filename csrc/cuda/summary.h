@@ -129,7 +129,7 @@ struct Scores {
   // `d`: x - from of the target.
   __device__ __forceinline__ Scores(const ClassSums& s, float d) {
     const float sum = s.rest + exp_quick(d);
-    const double ln_sum = ln_precise(double(sum));
+    const double ln_sum = log(double(sum));
     scale = 1.0f / sum;
     ln_p = float(double(d) - ln_sum);
     const float others = s.rest * scale;
