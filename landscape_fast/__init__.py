@@ -21,9 +21,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-_LAZY = frozenset(
-    "config data landscape methods metrics models nn ops studies testing".split()
-)
+_LAZY = frozenset("config data landscape methods models nn ops studies testing".split())
 
 # Triton kernels live in the top-level folder kernels/, installed as landscape_fast/kernels.
 # A checkout has no such sub-folder: there, the checkout itself is a second place to look.
