@@ -143,7 +143,7 @@ def test_sdist_is_complete(tmp_path):
             shutil.copytree(folder, source / "build" / folder.name)
     done = pip_install(
         "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", ".",
-        cwd=source, LANDSCAPE_FAST_REQUIRE_EXT=1, **same_build(),
+        cwd=source, **{**same_build(), "LANDSCAPE_FAST_REQUIRE_EXT": 1},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     said = ask(tmp_path, PYTHONPATH=tmp_path / "site")
