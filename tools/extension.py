@@ -102,12 +102,12 @@ class Build:
         """Every compile step; those of nvcc, the longest, first."""
         if not (CSRC / "module.cpp").is_file():
             raise BuildProblem(f"{CSRC / 'module.cpp'} is missing: the sources are incomplete")
-        cxx = [*self.cxx, *self.flags, "-Icsrc", *(f"-isystem{p}" for p in python_includes())]
+        cxx = [*self.cxx, *self.flags, "-iquotecsrc", *(f"-isystem{p}" for p in python_includes())]
         # json.dumps twice: the text, then the text as a C string literal.
         about = f"-DLSF_BUILD_INFO={json.dumps(json.dumps(self.info()))}"
         steps = []
         for source in cuda_sources() if self.cuda else []:
-            nvcc = [self.cuda.nvcc, *NVCC_FLAGS, *gencode(self.cuda.archs), "-Icsrc"]
+            nvcc = [self.cuda.nvcc, *NVCC_FLAGS, *gencode(self.cuda.archs), "-Xcompiler=-iquotecsrc"]
             steps.append(self._step(source, nvcc, self.cuda.version))
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             variants = self.isas.items() if source.stem.endswith("_simd") else [("", [])]
