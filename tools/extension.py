@@ -107,7 +107,8 @@ class Build:
         about = f"-DLSF_BUILD_INFO={json.dumps(json.dumps(self.info()))}"
         steps = []
         for source in cuda_sources() if self.cuda else []:
-            nvcc = [self.cuda.nvcc, *NVCC_FLAGS, *gencode(self.cuda.archs), "-Xcompiler=-iquotecsrc"]
+            nvcc = [self.cuda.nvcc, *NVCC_FLAGS, *gencode(self.cuda.archs)]
+            nvcc.append("-Xcompiler=-iquotecsrc")
             steps.append(self._step(source, nvcc, self.cuda.version))
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             variants = self.isas.items() if source.stem.endswith("_simd") else [("", [])]
