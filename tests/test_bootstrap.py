@@ -207,6 +207,18 @@ class TestInstall:
         answers()
         assert bootstrap.find_pip("python3") is None
 
+    def test_an_own_torch_is_the_constrained_one(self, bootstrap, monkeypatch):
+        commands = []
+        monkeypatch.setattr(bootstrap, "run", lambda c, **_: commands.append(c) or len(commands) < 4)
+        monkeypatch.setattr(bootstrap, "answer", lambda _: None)
+        bootstrap.install_own(["pip"])
+        for command in commands:
+            assert command[:4] == ["pip", "install", "-q", "-c"] and command[4] == "constraints.txt"
+        assert commands[0][5:] == ["setuptools>=77", "pybind11>=3"]  # what the build then needs
+        assert commands[1][5:] == ["--no-build-isolation", "-e", ".[test]"]
+        with pytest.raises(bootstrap.Problem, match="without a network, PIP_FIND_LINKS="):
+            bootstrap.install_own(["pip"])
+
     def test_a_layer_keeps_the_versions_below_it(self, bootstrap, monkeypatch):
         below = {"torch": "2.11.0+cu130", "NumPy": "2.2.0", "odd": "unknown", "PyBind11": "3.0"}
         commands = []

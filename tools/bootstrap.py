@@ -200,8 +200,6 @@ def requirements() -> dict:
 def torch_options() -> list:
     wish = os.environ.get("LANDSCAPE_FAST_TORCH", "") or "auto"
     if wish == "auto":
-        if sys.platform == "linux" and not Path("/proc/driver/nvidia").exists():
-            say("no NVIDIA driver here: LANDSCAPE_FAST_TORCH=cpu would ask for the small CPU torch")
         return []
     if wish == "cuda":  # === compares the local label too: the build without one is the CUDA build
         pin = re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
@@ -213,7 +211,10 @@ def torch_options() -> list:
 
 def install_own(pip: list) -> None:
     """torch, the requirements and the package into a .venv of its own."""
-    say("installing torch and the test requirements into .venv; this takes a minute or more")
+    if not has_torch(venv_python()):
+        say("installing torch and the test requirements into .venv; this takes a minute or more")
+        if sys.platform == "linux" and not Path("/proc/driver/nvidia").exists():
+            say("no NVIDIA driver here: LANDSCAPE_FAST_TORCH=cpu would ask for the small CPU torch")
     constrained = [*pip, "install", "-q", "-c", "constraints.txt"]
     tools = [requirements()[name] for name in ("setuptools", "pybind11")]
     package = ["--no-build-isolation", "-e", ".[test]", *torch_options()]
