@@ -209,7 +209,8 @@ class TestInstall:
 
     def test_an_own_torch_is_the_constrained_one(self, bootstrap, monkeypatch):
         commands = []
-        monkeypatch.setattr(bootstrap, "run", lambda c, **_: commands.append(c) or len(commands) < 4)
+        add = commands.append
+        monkeypatch.setattr(bootstrap, "run", lambda c, **_: add(c) or len(commands) < 4)
         monkeypatch.setattr(bootstrap, "answer", lambda _: None)
         bootstrap.install_own(["pip"])
         for command in commands:
