@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+
 #include "api.h"
 #include "cuda/launch.h"
 
@@ -39,12 +41,13 @@ struct alignas(16) Pack {
   T at[LANES<T>];
 };
 
-// x[0 .. LANES) from a 16-byte aligned address.
+// The 16 bytes at an aligned address. (A copy of a Pack may be compiled to one access per element.)
 template <class T>
-__device__ __forceinline__ void load16(const T* address, float* x) {
-  const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(address);
-#pragma unroll
-  for (int i = 0; i < LANES<T>; ++i) x[i] = to_float(pack.at[i]);
+__device__ __forceinline__ Pack<T> load16(const T* address) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(address);
+  Pack<T> pack;
+  memcpy(&pack, &bits, sizeof bits);
+  return pack;
 }
 
 template <class T>
@@ -52,7 +55,15 @@ __device__ __forceinline__ void store16(T* address, const float* x) {
   Pack<T> pack;
 #pragma unroll
   for (int i = 0; i < LANES<T>; ++i) store(&pack.at[i], x[i]);
-  *reinterpret_cast<Pack<T>*>(address) = pack;
+  uint4 bits;
+  memcpy(&bits, &pack, sizeof bits);
+#ifdef __CUDA_ARCH__  // spelled out: left to itself nvcc 13.0 makes one store per element of this
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(address) = bits;
+#endif
 }
 
 __host__ __device__ __forceinline__ bool is_aligned(const void* address, int64_t bytes = 0) {

@@ -1,8 +1,9 @@
 // combine, forward: weights[m, p] = sum_k coeffs[m, part of p, k] * anchors[k, p].
 //
-// Bound by memory: every anchor is read once and every weight written once, 16 bytes at a time where
-// rows are aligned. Up to KEPT anchors of a fragment stay in registers while m runs; with more, the
-// sums of GROUP members stay and the anchors, by then in L1, are read again for the next group.
+// Bound by memory: every anchor is read once and every weight written once, 16 bytes at a time
+// where rows are aligned. Up to KEPT anchors of a fragment stay in registers while m runs; with
+// more, the sums of GROUP members stay and the anchors, by then in L1, are read again for the next
+// group.
 #include "cuda/combine_parts.h"
 
 namespace landscape_fast {

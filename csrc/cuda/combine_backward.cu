@@ -1,9 +1,9 @@
 // combine, backward: danchors[k, p] = sum_m coeffs[m, part, k] * dweights[m, p] and
 // dcoeffs[m, part, k] = sum_p dweights[m, p] * anchors[k, p].
 //
-// dweights and anchors are read once for both. Every warp adds its dot products of GROUP members and
-// KMAX anchors in float32 to a row of its own in the workspace; the rows of a block, and then those of
-// all blocks, are added in float64 in a fixed order.
+// dweights and anchors are read once for both. Every warp adds its dot products of GROUP members
+// and KMAX anchors in float32 to a row of its own in the workspace; the rows of a block, and then
+// those of all blocks, are added in float64 in a fixed order.
 #include "cuda/combine_parts.h"
 #include "cuda/reduce.h"
 
@@ -16,7 +16,8 @@ constexpr int DOTS = 32;      // dot products that a warp adds at once: one per 
 constexpr int64_t MOST_WORKSPACE = 64 << 20;
 constexpr int64_t FEWEST_BLOCKS = 132;
 
-// Anchors of one pass over dweights. Eight of a 16-bit type, widened, would not fit in the registers.
+// Anchors of one pass over dweights. Eight of a 16-bit type, widened, would not fit in the
+// registers.
 int kmax_of(int64_t K, Dtype dtype) { return K <= 4 || dtype != Dtype::float32 ? 4 : 8; }
 
 // Where sums of products go. A row holds, for tiles of KMAX anchors and of DOTS / KMAX members, the
@@ -31,10 +32,12 @@ int64_t row_of(int64_t M, int64_t K, int kmax) {
   return ceil_div(K, kmax) * ceil_div(M, DOTS / kmax) * DOTS;
 }
 
-int64_t bytes_per_block(int64_t row) { return row * int64_t(sizeof(double) + WARPS * sizeof(float)); }
+int64_t bytes_per_block(int64_t row) {
+  return row * int64_t(sizeof(double) + WARPS * sizeof(float));
+}
 
 template <class T, int KMAX, int CAPACITY>
-__global__ void __launch_bounds__(COMBINE_THREADS)
+__global__ void __launch_bounds__(COMBINE_THREADS, 1)
 combine_backward_kernel(const Coeffs coeffs, const T* __restrict__ anchors,
                         const T* __restrict__ dweights, T* __restrict__ danchors,
                         const Partials partials,

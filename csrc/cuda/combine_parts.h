@@ -1,5 +1,5 @@
-// What the forward and the backward of combine share: which part of the parameters a block works on,
-// and how a thread reads its fragment of it.
+// What the forward and the backward of combine share: which part of the parameters a block works
+// on, and how a thread reads its fragment of it.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@ namespace landscape_fast {
 constexpr int COMBINE_THREADS = 256;
 constexpr int64_t COMBINE_BLOCKS = 1056;  // about the blocks of one launch: 8 on each of 132 SMs
 
-// The parts of one launch, passed by value: nothing is copied to the device beforehand, and a captured
-// graph holds them. Parameters beyond 4 KB need CUDA 12.1.
+// The parts of one launch, passed by value: nothing is copied to the device beforehand, and a
+// captured graph holds them. Parameters beyond 4 KB need CUDA 12.1.
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 constexpr int MANY_PARTS = 48;
 #else
@@ -58,8 +58,8 @@ __device__ __forceinline__ Range range_of_block(const PartTable<CAPACITY>& table
   return {low, begin, end < begin + table.fragments ? end : begin + table.fragments};
 }
 
-// LANES<T> elements of each row of P. They are neighbours where all rows are 16-byte aligned (`wide`),
-// else COMBINE_THREADS apart, so that the accesses of a warp are contiguous all the same.
+// LANES<T> elements of each row of P. They are neighbours where all rows are 16-byte aligned
+// (`wide`), else COMBINE_THREADS apart, so that the accesses of a warp are contiguous all the same.
 template <class T>
 struct Fragment {
   int64_t first, P;
@@ -72,14 +72,15 @@ struct Fragment {
         step(wide ? 1 : COMBINE_THREADS),
         whole(wide && first + LANES<T> <= P) {}
 
-  // The first `count` of ROWS rows, `stride` apart; 0 beyond P. All loads go out before one is needed.
+  // The first `count` of ROWS rows, `stride` apart; 0 beyond P. All loads go out before one is
+  // needed.
   template <int ROWS>
   __device__ __forceinline__ void load(const T* rows, int64_t stride, int count,
                                        Pack<T> (&x)[ROWS]) const {
     if (whole) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        if (r < count) x[r] = *reinterpret_cast<const Pack<T>*>(rows + r * stride + first);
+        if (r < count) x[r] = load16(rows + r * stride + first);
       }
       return;
     }

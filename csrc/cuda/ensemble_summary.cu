@@ -2,8 +2,9 @@
 // probabilities.
 //
 // Up to HELD * 32 classes a group of lanes takes an example: it holds the row of one member and the
-// averaged probabilities in registers, so that the logits are read once, the next row while this one is
-// worked on. Longer rows take a block per example and are read twice (ensemble_summary_long.cu).
+// averaged probabilities in registers, so that the logits are read once, the next row while this
+// one is worked on. Longer rows take a block per example and are read twice
+// (ensemble_summary_long.cu).
 #include "cuda/summary.h"
 
 namespace landscape_fast {
@@ -54,17 +55,10 @@ __device__ __forceinline__ double information_of(const Rows& rows, int64_t n,
     load_row(row, x);
     const float top = largest(row, x).value;
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      x[v] -= top;
-      sum += exp_of(x[v]);
-    }
-    const float ln_sum = ln_of(group_sum(sum, row.lanes));
+    for (int v = 0; v < V; ++v) sum += x[v] = exp_of(x[v] - top);
+    const float scale = 1.0f / group_sum(sum, row.lanes);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const float ln_p = x[v] - ln_sum, q = mean[v];
-      const float p = exp_of(ln_p < 0.0f ? ln_p : 0.0f);
-      terms += p > 0.0f ? kl_term_log(p, q, LN2 * log2_of(q) - ln_p) : q;
-    }
+    for (int v = 0; v < V; ++v) terms += kl_term(x[v] * scale, mean[v]);
     total += double(group_sum(terms, row.lanes));
   }
   return total / double(rows.logits.M);
@@ -100,7 +94,7 @@ summary_kernel(const SummaryJob job, const Store store) {
       const Best best = largest(row, x);
       const float from = best.value == -INFINITY ? 0.0f : best.value, d = of_target - from;
       float y[V];
-      ClassSums sums;
+      ClassSums<float> sums;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         y[v] = exp_quick(x[v] - from);
@@ -111,8 +105,7 @@ summary_kernel(const SummaryJob job, const Store store) {
         load_row(next, x);
         of_target = next.at(example.target);
       }
-      sums.over_group(lanes);
-      const Scores scores(sums, d);
+      const Scores scores(sums.over_group(lanes), d);
 #pragma unroll
       for (int v = 0; v < V; ++v) mean[v] += y[v] * scores.scale;
       entropies += scores.entropy;
@@ -127,28 +120,29 @@ summary_kernel(const SummaryJob job, const Store store) {
       const float hits = total(correct), nll = total(-scores.ln_p), brier = total(scores.brier);
       tally.add(m, by_lane(hits, nll, brier, 0.0f));
     }
-    ClassSums sums;
-    float entropy = 0;
+    ClassSums<float> own;
+    float part = 0;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       mean[v] *= 1.0f / float(M);
-      sums.add(mean[v], 0.0f, v == target);
-      entropy -= LN2 * (mean[v] * log2_of(mean[v]));
+      own.add(mean[v], 0.0f, v == target);
+      part -= mean[v] * log2_of(mean[v]);
     }
-    sums.over_group(lanes);
-    entropy = group_sum(entropy, lanes);
+    const ClassSums<double> sums = own.over_group(lanes);
+    const double entropy = 0.6931471805599453 * group_sum(double(part), lanes);
     const Best best = largest(first, mean);
     const bool is_nan = entropy != entropy;  // then all averaged probabilities are
-    double information = double(entropy) - entropies / double(M);
+    double information = entropy - entropies / double(M);
     const bool close = example.used && information < double(CLOSE);
     if (__any_sync(WHOLE_WARP, close)) {
       const double accurate = information_of(rows, example.n, mean);
       information = close ? accurate : information;
     }
     const bool correct = (is_nan ? 0 : best.index) == example.target;
-    if (leads && example.used) tally.grade(M, bins, correct, is_nan ? entropy : best.value);
+    if (leads && example.used) tally.grade(M, bins, correct, is_nan ? float(entropy) : best.value);
     const float hits = total(correct), nll = total(-ln_mixture.mean(M));
-    const float brier = total(sums.squares + sums.rest * sums.rest), of_entropy = total(entropy);
+    const float brier = total(float(sums.squares + sums.rest * sums.rest));
+    const float of_entropy = total(float(entropy));
     tally.add(M, by_lane(hits, nll, brier, of_entropy));
     const float of_information = total(float(information)), used = total(1.0f);
     tally.add(M + 1, by_lane(of_information, used, total(example.bad), 0.0f));

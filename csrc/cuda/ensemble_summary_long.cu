@@ -1,14 +1,14 @@
-// ensemble_summary for rows too long for registers: a block takes an example. Each warp reads the rows
-// of some members for their scores; then all threads run along the classes and read them again for the
-// averaged probabilities.
+// ensemble_summary for rows too long for registers: a block takes an example. Each warp reads the
+// rows of some members for their scores; then all threads run along the classes and read them again
+// for the averaged probabilities.
 #include "cuda/summary.h"
 
 namespace landscape_fast {
 namespace {
 
-// What the sums become when what the logits are taken relative to grows by -shift; `whole` is the sum
-// with the target.
-__device__ __forceinline__ void rescale(ClassSums& s, float& whole, float shift) {
+// What the sums become when what the logits are taken relative to grows by -shift; `whole` is the
+// sum with the target.
+__device__ __forceinline__ void rescale(ClassSums<float>& s, float& whole, float shift) {
   const float scale = exp_quick(shift);
   s.weighted = scale * s.weighted + times_log(scale, shift) * whole;
   s.rest *= scale;
@@ -20,7 +20,7 @@ __device__ __forceinline__ void rescale(ClassSums& s, float& whole, float shift)
 __device__ __forceinline__ Scores score_row(const Row& row, int target, float& from, int& label) {
   float top = -INFINITY, whole = 0;
   Best best{-INFINITY, row.class_of(0, 0)};
-  ClassSums sums;
+  ClassSums<float> sums;
   for (int base = 0; base < row.C; base += row.step()) {
     float x[BATCH];
     row.load(base, x);
@@ -45,8 +45,7 @@ __device__ __forceinline__ Scores score_row(const Row& row, int target, float& f
   label = best.index;
   from = best.value == -INFINITY ? 0.0f : best.value;
   if (top > -INFINITY) rescale(sums, whole, top - from);
-  sums.over_group(32);
-  return Scores(sums, row.at(target) - from);
+  return Scores(sums.over_group(32), row.at(target) - from);
 }
 
 // Sums over the block's classes of one number for each thread, and the best of all.

@@ -1,11 +1,12 @@
 // Sums over examples for every pair of M members, as tiles of pairs: a thread keeps the sums of all
-// pairs of a tile in registers and runs along (example, class); what it reads serves the whole tile.
+// pairs of a tile in registers and runs along (example, class); what it reads serves the whole
+// tile.
 //
-// Tiles on the diagonal hold the pairs among TI members, the others those of TI members with TJ later
-// ones. The examples are cut into chunks that depend on the shape alone, one block for each tile and
-// chunk, and everything is added in a fixed order: float32 within a thread for FLUSH elements, then
-// over the warp, float64 beyond. The tile is the fast grid index, so that all tiles read a chunk from
-// L2 at about the same time.
+// Tiles on the diagonal hold the pairs among TI members, the others those of TI members with TJ
+// later ones. The examples are cut into chunks that depend on the shape alone, one block for each
+// tile and chunk, and everything is added in a fixed order: float32 within a thread for FLUSH
+// elements, then over the warp, float64 beyond. The tile is the fast grid index, so that all tiles
+// read a chunk from L2 at about the same time.
 #pragma once
 
 #include <algorithm>
@@ -109,11 +110,10 @@ inline PairPlan plan_pairs(int64_t tiles, int64_t N, int64_t C) {
 }
 
 // Adds all pairs of the tile for the elements (n, c) of the examples [first, last) to `sums`. An Op
-// says where to read (at, step from member to member; stats likewise, of a row), whether one element
-// AHEAD, what it means (Value
-// value, and nothing() where there is no element), how a pair adds to its slot (of PACKED to a word of
-// `sums`: the slots w, w + SLOTS / PACKED, ... share word w), and with settle() looks at all values of
-// an element once.
+// says where to read (at, step from member to member; stats likewise, of a row), whether one
+// element AHEAD, what it means (Value value, and nothing() where there is no element), how a pair
+// adds to its slot (of PACKED to a word of `sums`: the slots w, w + SLOTS / PACKED, ... share word
+// w), and with settle() looks at all values of an element once.
 template <class Op, bool DIAGONAL>
 __device__ __forceinline__ void add_pairs(const Op& op, const Tile& tile, int64_t first,
                                           int64_t last, unsigned* lost,
@@ -176,8 +176,8 @@ __device__ __forceinline__ void add_pairs(const Op& op, const Tile& tile, int64_
 
 // The sums of one tile over one chunk. An Op also says how many examples to take between calls of
 // prepare(), which all threads make; what the sum over a chunk is worth (finish), given the sums of
-// `self`, x of the first row and y of the second; and for pairs that come out close the accurate terms
-// of a second sum.
+// `self`, x of the first row and y of the second; and for pairs that come out close the accurate
+// terms of a second sum.
 template <class Op, bool DIAGONAL>
 __device__ __forceinline__ void tile_sums(const Op& op, const Tile& tile, int64_t first,
                                           int64_t last, double* out) {
@@ -185,7 +185,7 @@ __device__ __forceinline__ void tile_sums(const Op& op, const Tile& tile, int64_
   constexpr int ROWS = Tiles::TI + Tiles::TJ, WORDS = SLOTS / Op::PACKED, EACH = WORDS / 32;
   LSF_SHARED(double, of_warp, PAIR_WARPS * SLOTS);
   LSF_SHARED(double, self, 2 * ROWS);
-  LSF_SHARED(unsigned, lost, ROWS);  // for each row, from which rows the way to it is infinitely far
+  LSF_SHARED(unsigned, lost, ROWS);  // for each row, from which rows it is infinitely far
   LSF_SHARED(int, close, SLOTS);
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   if (thread < ROWS) lost[thread] = 0;
@@ -264,8 +264,8 @@ pair_tiles_kernel(const Op op, int64_t M, int64_t N, int64_t per_chunk, double* 
 
 constexpr int MEAN_ROWS = 8;
 
-// out [M, M] from the sums of all chunks: 32 slots of one tile in each block. On the diagonal 0, or NaN
-// where the member's own sum is NaN or there are no examples.
+// out [M, M] from the sums of all chunks: 32 slots of one tile in each block. On the diagonal 0, or
+// NaN where the member's own sum is NaN or there are no examples.
 template <class Tiles>
 __global__ void __launch_bounds__(32 * MEAN_ROWS)
 pair_means_kernel(const double* __restrict__ sums, int64_t chunks, int64_t M, int64_t N,

@@ -1,7 +1,7 @@
 // Pairwise disagreement of M members on the labels of N examples, and the labels that logits give.
 //
-// Counts are exact: integers within a thread, float64 (whole numbers) beyond. Labels are compared as
-// unsigned integers of their size; nothing else about them matters.
+// Counts are exact: integers within a thread, float64 (whole numbers) beyond. Labels are compared
+// as unsigned integers of their size; nothing else about them matters.
 #include "cuda/labels.h"
 #include "cuda/pair_tiles.h"
 #include "cuda/rows.h"

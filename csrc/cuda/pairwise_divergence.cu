@@ -1,9 +1,10 @@
 // Pairwise JS and KL of M members over N examples of C classes.
 //
-// First the softmax of every row. With a single tile of members the blocks of pair_tiles_kernel make it
-// for the rows that they are about to use (the logits then come from HBM once), else row_stats_kernel
-// does. Then the tiles of pairs: JS is bound by the unit that makes its one logarithm per pair and
-// class, KL takes differences of logarithms, which needs no centring, and an FMA in each direction.
+// First the softmax of every row. With a single tile of members the blocks of pair_tiles_kernel
+// make it for the rows that they are about to use (the logits then come from HBM once), else
+// row_stats_kernel does. Then the tiles of pairs: JS is bound by the unit that makes its one
+// logarithm per pair and class, KL takes differences of logarithms, which needs no centring, and an
+// FMA in each direction.
 #include <cfloat>
 
 #include "cuda/labels.h"
@@ -36,7 +37,8 @@ __device__ __forceinline__ void make_stats(const Rows& rows, int64_t m, int64_t 
   }
   const float shift = float(2 - 2 / LN_2 * ln_sum);
   const double g = double(scale) * (s.weighted - s.sum * (ln_sum - LN_2));
-  const double twice_g = double(scale) * (double(TWICE_LOG2_E) * s.weighted + double(shift) * s.sum);
+  const double rounded = double(TWICE_LOG2_E) * s.weighted + double(shift) * s.sum;
+  const double twice_g = double(scale) * rounded;
   out.rows[row] = make_float4(s.top, scale, shift, 0.0f);
   out.about[row] = make_double2(g - LN_2 * twice_g, g);
 }
@@ -121,11 +123,12 @@ struct DivergenceOp {
   }
 };
 
-// JS(i, j) = sum of (g_i + g_j - ln 2 t log2 t) / 2 over the classes, with t = p_i + p_j and
-// g = p (ln p + ln 2). What is linear in functions of one member is known for a whole row from its
-// softmax, in float64. So a pair adds 2 g_i / ln 2 - t log2 t: one operation more than t log2 t, but as
-// small as the members are close, and so are the roundings of its sum. What a row's 2 g / ln 2, as
-// rounded here, add up to is known as well: `about` is (sum of g - ln 2 times that, sum of g).
+// JS(i, j) = sum of (g_i + g_j - ln 2 t log2 t) / 2 over the classes, with t = p_i + p_j and g = p
+// (ln p + ln 2). What is linear in functions of one member is known for a whole row from its
+// softmax, in float64. So a pair adds 2 g_i / ln 2 - t log2 t: one operation more than t log2 t,
+// but as small as the members are close, and so are the roundings of its sum. What a row's 2 g / ln
+// 2, as rounded here, add up to is known as well: `about` is (sum of g - ln 2 times that, sum of
+// g).
 struct JsOp : DivergenceOp<Tiling<16, 8, false>> {
   struct Value {
     float p, twice_g;

@@ -1,5 +1,5 @@
-// Exponential and logarithm by the special function unit, where a kernel is bound by instructions and
-// its comment says what the error does to the result. On the CPU the accurate ones of math.h.
+// Exponential and logarithm by the special function unit, where a kernel is bound by instructions
+// and its comment says what the error does to the result. On the CPU the accurate ones of math.h.
 #pragma once
 
 #include "cuda/launch.h"

@@ -14,8 +14,8 @@ __device__ __forceinline__ T group_sum(T x, int G) {
   return x;
 }
 
-// Of 2 * HALF values in each lane, keeps one half, added to the same half of the lane `o` away, which
-// keeps the other.
+// Of 2 * HALF values in each lane, keeps one half, added to the same half of the lane `o` away,
+// which keeps the other.
 template <int HALF, class T>
 __device__ __forceinline__ void fold(T* x, int o) {
   const bool upper = int(threadIdx.x) & o;
@@ -27,8 +27,8 @@ __device__ __forceinline__ void fold(T* x, int o) {
   }
 }
 
-// V values in each lane, V a multiple of 32: lane l gets the warp's sums of values l * V / 32 on, in
-// its first ones. Halving the values with every exchange takes V - V / 32 shuffles, not 5 * V.
+// V values in each lane, V a multiple of 32: lane l gets the warp's sums of values l * V / 32 on,
+// in its first ones. Halving the values with every exchange takes V - V / 32 shuffles, not 5 * V.
 template <int V, class T>
 __device__ __forceinline__ void warp_sums(T (&x)[V]) {
   static_assert(V % 32 == 0, "every lane gets as many sums");

@@ -51,8 +51,8 @@ struct Row {
   // Classes of one batch of all lanes.
   __device__ __forceinline__ int step() const { return lanes * BATCH; }
 
-  // The class of value v of this lane in the batch that begins with class `base`: neighbouring lanes
-  // read neighbouring 16 bytes, or elements.
+  // The class of value v of this lane in the batch that begins with class `base`: neighbouring
+  // lanes read neighbouring 16 bytes, or elements.
   __device__ __forceinline__ int class_of(int base, int v) const {
     if (!wide) return base + v * lanes + lane;
     const int W = dtype == Dtype::float32 ? 4 : 8;
@@ -79,7 +79,9 @@ struct Row {
       for (int v = 0; v < BATCH; v += W) {
         const int c = base + (v / W * lanes + lane) * W;
         if (c + W <= C) {
-          load16(from + c, x + v);
+          const Pack<T> pack = load16(from + c);
+#pragma unroll
+          for (int w = 0; w < W; ++w) x[v + w] = to_float(pack.at[w]);
         } else {
 #pragma unroll
           for (int w = 0; w < W; ++w) x[v + w] = element(from, c + w);
@@ -100,18 +102,21 @@ struct Row {
 };
 
 // y * d for y = e^d, 0 where y is.
-__device__ __forceinline__ float times_log(float y, float d) { return y * (d < -105.0f ? -105.0f : d); }
+__device__ __forceinline__ float times_log(float y, float d) {
+  return y * (d < -105.0f ? -105.0f : d);
+}
 
-// Largest x; sum of e^(x - top); sum of e^(x - top) * (x - top). The sums are NaN for a row with a NaN
-// or +inf; the first is 0 for a row of -inf.
+// Largest x; sum of e^(x - top); sum of e^(x - top) * (x - top). The sums are NaN for a row with a
+// NaN or +inf; the first is 0 for a row of -inf.
 struct Softmax {
   float top;
   double sum, weighted;
 };
 
-// All lanes of the group get the result; all 32 lanes of the warp must take part. A row of more than
-// one batch is read twice, the second time from the cache: sums relative to the largest logit so far
-// would have to be rescaled, and JS feels that rounding. More than four terms are added in float64.
+// All lanes of the group get the result; all 32 lanes of the warp must take part. A row of more
+// than one batch is read twice, the second time from the cache: sums relative to the largest logit
+// so far would have to be rescaled, and JS feels that rounding. More than four terms are added in
+// float64.
 __device__ __forceinline__ Softmax softmax_of(const Row& row) {
   float x[BATCH], top = -INFINITY;
   for (int base = 0; base < row.C; base += row.step()) {

@@ -1,4 +1,5 @@
-// What the kernels of ensemble_summary share: the scores of one prediction, and where they are added.
+// What the kernels of ensemble_summary share: the scores of one prediction, and where they are
+// added.
 #pragma once
 
 #include "cuda/quick.h"
@@ -11,7 +12,8 @@ constexpr int SUMMARY_WARPS = SUMMARY_THREADS / 32;
 constexpr int64_t SUMMARY_BLOCKS = 528;  // at most: 4 on each of 132 SMs, each walks along N
 constexpr double GAP_UNIT = 4294967296.0;  // of the calibration sums, whole numbers of 2^-32
 
-// Sums of each member m, of the averaged probabilities (entry M), and of both together (entry M + 1).
+// Sums of each member m, of the averaged probabilities (entry M), and of both together (entry M +
+// 1).
 enum Sum { CORRECT, NLL, BRIER, ENTROPY, SUMS };
 enum TotalSum { INFORMATION, EXAMPLES, BAD };
 
@@ -21,8 +23,9 @@ struct SummaryJob {
   int64_t bins, ignore_index;
 };
 
-// Where a block adds. Each warp has sums of its own, which its lane q alone adds to for quantity q: the
-// order of additions is fixed. The calibration sums are integers, so that theirs does not matter.
+// Where a block adds. Each warp has sums of its own, which its lane q alone adds to for quantity q:
+// the order of additions is fixed. The calibration sums are integers, so that theirs does not
+// matter.
 struct Tally {
   double* sums;              // [M + 2, SUMS] of this warp
   unsigned long long* gaps;  // [M + 1, bins] of the block or of all
@@ -38,7 +41,12 @@ struct Tally {
     if (confidence != confidence) return;  // the Brier score is NaN then, and tells
     const int bin = calibration_bin(confidence, int(bins));
     const double gap = (correct ? 1.0 : 0.0) - double(confidence);
-    atomicAdd(gaps + entry * bins + bin, (unsigned long long)(llrint(gap * GAP_UNIT)));
+    const auto units = (unsigned long long)(llrint(gap * GAP_UNIT));
+    // As two words with a carry: in shared memory 64-bit additions are loops, 32-bit ones are not.
+    auto* const words = reinterpret_cast<unsigned*>(gaps + entry * bins + bin);
+    const auto low = unsigned(units), high = unsigned(units >> 32);
+    const unsigned before = atomicAdd(words, low);
+    atomicAdd(words + 1, high + unsigned(before + low < before));
   }
 };
 
@@ -104,37 +112,42 @@ struct Example {
   }
 };
 
-// Sums over the classes of one row with y = e^(x - from): of all but the target's y and y^2, and of all
-// y ln y.
+// Sums over the classes of one row with y = e^(x - from): of all but the target's y and y^2, and of
+// all y ln y.
+template <class T>
 struct ClassSums {
-  float rest = 0, squares = 0, weighted = 0;
+  T rest = 0, squares = 0, weighted = 0;
 
   __device__ __forceinline__ void add(float y, float d, bool is_target) {
     weighted += y * fmaxf(d, -105.0f);  // 0 where y is 0; a NaN is still in y
     rest += is_target ? 0.0f : y;
     squares += is_target ? 0.0f : y * y;
   }
-  __device__ __forceinline__ void over_group(int lanes) {
-    rest = group_sum(rest, lanes);
-    squares = group_sum(squares, lanes);
-    weighted = group_sum(weighted, lanes);
+  // Of all lanes of a group. The last, largest sums are made in float64: mutual information is a
+  // small difference of entropies.
+  __device__ __forceinline__ ClassSums<double> over_group(int lanes) const {
+    ClassSums<double> all;
+    all.rest = group_sum(double(rest), lanes);
+    all.squares = group_sum(double(squares), lanes);
+    all.weighted = group_sum(double(weighted), lanes);
+    return all;
   }
 };
 
 // The scores of one row.
 struct Scores {
   float scale, ln_p, brier;  // 1 / sum of y: the largest probability; ln p of the target
-  double entropy;
+  double entropy;            // of the probabilities that the rounded scale gives
 
   // `d`: x - from of the target.
-  __device__ __forceinline__ Scores(const ClassSums& s, float d) {
-    const float sum = s.rest + exp_quick(d);
-    const double ln_sum = log(double(sum));
-    scale = 1.0f / sum;
+  __device__ __forceinline__ Scores(const ClassSums<double>& s, float d) {
+    const double sum = s.rest + double(exp_quick(d)), ln_sum = log(sum);
+    scale = float(1 / sum);
     ln_p = float(double(d) - ln_sum);
-    const float others = s.rest * scale;
-    brier = s.squares * scale * scale + others * others;
-    entropy = ln_sum - double(s.weighted) * double(scale);
+    const double others = s.rest * double(scale), excess = double(scale) * sum - 1;
+    brier = float(s.squares * double(scale) * double(scale) + others * others);
+    entropy = ln_sum - s.weighted / sum;
+    entropy += excess * (entropy - 1);
   }
 
   __device__ __forceinline__ bool is_nan() const { return scale != scale; }
@@ -157,7 +170,8 @@ struct LogMean {
   }
 };
 
-// For rows of any length: blocks of SUMMARY_THREADS, each with an example of its own. Launches only.
+// For rows of any length: blocks of SUMMARY_THREADS, each with an example of its own. Launches
+// only.
 void launch_long_summary(const SummaryJob& job, const Store& store, int64_t blocks,
                          size_t shared_bytes, void* stream);
 

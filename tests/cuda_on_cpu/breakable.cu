@@ -16,7 +16,8 @@ enum Mistake {
 constexpr int THREADS = 96;
 
 // out[b] = sum of row b of x [blocks, n]
-__global__ void __launch_bounds__(THREADS) row_sums(const float* x, float* out, int n, int mistake) {
+__global__ void __launch_bounds__(THREADS)
+row_sums(const float* x, float* out, int n, int mistake) {
   LSF_SHARED(float, part, THREADS);
   const float* row = x + size_t(blockIdx.x) * n;
   const int thread = int(threadIdx.x);

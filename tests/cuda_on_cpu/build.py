@@ -80,7 +80,8 @@ def library(folder: Path, name: str, sources: list[Path], *extra: str) -> Path:
 
 def kernels(folder: Path, *extra: str) -> Path:
     """The library of all kernels with the C entry points of entries.cpp."""
-    return library(folder, "kernels", [*KERNELS, HERE / "entries.cpp"], *extra)
+    sources = [*KERNELS, HERE / "entries.cpp", HERE / "machine.cpp"]
+    return library(folder, "kernels", sources, *extra)
 
 
 def _key(*parts: str | bytes) -> str:

@@ -1,12 +1,13 @@
-// Runs CUDA kernels on the CPU, for tests: g++ compiles the same .cu, with the threads of a block as
-// fibres that switch at barriers and shuffles. Blocks run one after another.
+// Runs CUDA kernels on the CPU, for tests: g++ compiles the same .cu, with the threads of a block
+// as fibres that switch at barriers and shuffles. Blocks run one after another.
 //
 // What it finds: wrong indexing and arithmetic (results), races and missing barriers (results that
 // change with the order in which threads run), barriers that not all threads reach, shuffles that
-// name a lane which has left or waits elsewhere, launches outside the limits of a GPU, shared memory
-// that is read before it is written (it starts as NaN), and with -fsanitize=address,undefined
-// accesses out of bounds and misaligned vector accesses. What it cannot find: races between blocks
-// other than by order, anything about memory ordering or speed, errors of inline PTX.
+// name a lane which has left or waits elsewhere, launches outside the limits of a GPU, shared
+// memory that is read before it is written (it starts as NaN), and with
+// -fsanitize=address,undefined accesses out of bounds and misaligned vector accesses. What it
+// cannot find: races between blocks other than by order, anything about memory ordering or speed,
+// errors of inline PTX.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -241,7 +242,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(P...), A&
 inline Thread& warp_operation(unsigned mask, unsigned long long offer, unsigned source,
                               const char* where) {
   Thread& me = *machine.current;
-  if (!(mask >> lane() & 1)) fail("a lane is not in the mask of its own warp operation" + at(where));
+  if (!(mask >> lane() & 1)) fail("a lane is not in the mask of its warp operation" + at(where));
   if (!(mask >> source & 1)) fail("a lane reads from one outside the mask" + at(where));
   me.mask = mask;
   me.offer = offer;

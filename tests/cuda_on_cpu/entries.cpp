@@ -1,20 +1,9 @@
-// C entry points of the kernels for ctypes, and the switches of the machine that runs them. Structs
-// go by their fields, as in csrc/module.cpp.
+// C entry points of the kernels for ctypes; structs go by their fields, as in csrc/module.cpp.
 #include "api.h"
-#include "cuda_on_cpu.h"
 
 using namespace landscape_fast;
 
 extern "C" {
-
-// order: 0 forward, 1 reverse, 2 random by `seed`.
-void shim_order(int order, unsigned seed) {
-  cuda_on_cpu::machine.order = cuda_on_cpu::Order(order);
-  cuda_on_cpu::machine.seed = seed;
-}
-
-const char* shim_failure() { return cuda_on_cpu::machine.failure.c_str(); }
-long long shim_launches() { return cuda_on_cpu::machine.launches; }
 
 int64_t shim_divergence_workspace(int64_t M, int64_t N, int64_t C, int kind) {
   return pairwise_divergence_cuda_workspace(M, N, C, Divergence(kind));

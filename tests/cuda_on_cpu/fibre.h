@@ -1,4 +1,5 @@
-// A function with a stack of its own, which can be left in the middle and resumed. One runs at a time.
+// A function with a stack of its own, which can be left in the middle and resumed. One runs at a
+// time.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +19,8 @@
 namespace cuda_on_cpu {
 
 #ifdef __x86_64__
-// Saves the registers that a call preserves on this stack and takes them from the other one. Ten times
-// quicker than swapcontext, which asks the kernel for the signal mask.
+// Saves the registers that a call preserves on this stack and takes them from the other one. Ten
+// times quicker than swapcontext, which asks the kernel for the signal mask.
 __attribute__((naked, noinline)) static void switch_stack(void** /*from*/, void* /*to*/) {
   asm("pushq %rbp\n\t"
       "pushq %rbx\n\t"
@@ -50,7 +51,7 @@ class Fibre {
 #endif
 #ifdef __x86_64__
     auto top = reinterpret_cast<uintptr_t>(stack_.get() + SIZE) / 16 * 16;
-    void* frame[8] = {};  // six registers, where to return to, and an end for whoever walks the stack
+    void* frame[8] = {};  // six registers, where to return to, and an end for stack walkers
     frame[6] = reinterpret_cast<void*>(&entry);
     context_ = reinterpret_cast<void*>(top - sizeof frame);
     std::memcpy(context_, frame, sizeof frame);

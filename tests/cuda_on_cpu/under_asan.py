@@ -1,7 +1,7 @@
 """Runs every kernel on buffers of exactly their size, for a library built with AddressSanitizer.
 
-`python under_asan.py LIBRARY`, or for the kernel with mistakes `python under_asan.py LIBRARY MISTAKE`.
-The sanitizer ends the process at the first bad access. Numbers are checked elsewhere.
+`python under_asan.py LIBRARY`, or `python under_asan.py LIBRARY MISTAKE` for breakable.cu. The
+sanitizer ends the process at the first bad access. Numbers are checked elsewhere.
 """
 
 import ctypes
