@@ -26,7 +26,8 @@ def folder(request):
 
 
 def breakable_library(folder, *flags):
-    return build.library(folder, "breakable", [HERE / "breakable.cu", HERE / "machine.cpp"], *flags)
+    sources = [HERE / name for name in ("breakable.cu", "collectives.cu", "switches.cpp")]
+    return build.library(folder, "breakable", sources, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,39 @@ def run(folder):
 
     call.truth = x[:600].view(3, 200).sum(1)
     return call
+
+
+def expected(width: int) -> list[list[int]]:
+    """What collectives.cu gives, by the CUDA programming guide (warp functions)."""
+    rows = [[] for _ in range(9)]
+    for thread in range(64):
+        warp, lane = thread // 32 * 32, thread % 32
+        first, at = lane // width * width, lane % width
+        other = lane ^ 6
+        sources = [
+            first + 5 % width,
+            lane - 3 if at >= 3 else lane,
+            lane + 3 if at + 3 < width else lane,
+            other if other // width <= lane // width else lane,
+        ]
+        results = [100 + warp + source for source in sources]
+        results.append(sum(1 << k for k in range(32) if (warp + k) % 3 == 0))
+        results += [int(warp == 32), int(warp == 0)]
+        results.append(100 + warp + (lane ^ (1 if lane < 16 else 2)))
+        results.append(0xAAAA if lane < 16 else 0xAAAA0000)
+        for row, result in zip(rows, results, strict=True):
+            row.append(result)
+    return rows
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("width", [32, 16, 8, 4])
+def test_warp_operations(folder, width, order):
+    library = ctypes.CDLL(str(breakable_library(folder)))
+    out = (ctypes.c_uint32 * 64 * 9)()
+    library.shim_order(*order)
+    assert library.run_collectives(out, width) == 0
+    assert [list(row) for row in out] == expected(width)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)

@@ -80,7 +80,7 @@ def library(folder: Path, name: str, sources: list[Path], *extra: str) -> Path:
 
 def kernels(folder: Path, *extra: str) -> Path:
     """The library of all kernels with the C entry points of entries.cpp."""
-    sources = [*KERNELS, HERE / "entries.cpp", HERE / "machine.cpp"]
+    sources = [*KERNELS, HERE / "entries.cpp", HERE / "switches.cpp"]
     return library(folder, "kernels", sources, *extra)
 
 

@@ -1,5 +1,5 @@
 // The switches of the machine that runs kernels, and what it says, for ctypes.
-#include "cuda_on_cpu.h"
+#include "machine.h"
 
 extern "C" {
 
