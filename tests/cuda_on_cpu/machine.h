@@ -165,8 +165,8 @@ inline bool run_warp(size_t first, std::mt19937& random) {
   return progress;
 }
 
-// A warp runs ahead of the others as far as it can: to a barrier or the end. In random order only now
-// and then, and else to its next warp operation, so that many interleavings are tried.
+// A warp runs ahead of the others as far as it can: to a barrier or the end. In random order only
+// now and then, and else to its next warp operation, so that many interleavings are tried.
 inline void run_block(std::mt19937& random) {
   Machine& m = machine;
   ++m.blocks;
