@@ -123,11 +123,12 @@ struct DivergenceOp {
   }
 };
 
-// JS(i, j) = sum over classes of (g_i + g_j - ln 2 t log2 t) / 2, t = p_i + p_j, g = p (ln p + ln 2).
-// The sum of g over a row is known from its softmax, in float64. A pair adds 2 g_i / ln 2 - t log2 t:
-// one operation more than t log2 t, but as small as the members are close, and so are the roundings
-// of its sum. What the rounded 2 g_i / ln 2 of a row add up to is known as well: `about` holds the
-// sum of g less ln 2 times that, for when a row is the first of a pair, and the sum of g.
+// JS(i, j) = sum of (g_i + g_j - ln 2 t log2 t) / 2 over the classes, with t = p_i + p_j and g = p
+// (ln p + ln 2). What is linear in functions of one member is known for a whole row from its
+// softmax, in float64. So a pair adds 2 g_i / ln 2 - t log2 t: one operation more than t log2 t,
+// but as small as the members are close, and so are the roundings of its sum. What a row's 2 g / ln
+// 2, as rounded here, add up to is known as well: `about` is (sum of g - ln 2 times that, sum of
+// g).
 struct JsOp : DivergenceOp<Tiling<16, 8, false>> {
   struct Value {
     float p, twice_g;
