@@ -18,6 +18,7 @@ from landscape_fast.studies.commands import PROGRAM, say
 from landscape_fast.studies.presets import (
     DATA,
     FAST_INITS,
+    MEMBER_BIAS,
     METHODS,
     MODEL_OF,
     MODELS,
@@ -155,7 +156,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--weight-decay",
         type=_non_negative,
         metavar="X",
-        help="never applied to the factors of a BatchEnsemble",
+        help="of all parameters but the factors of a BatchEnsemble",
     )
     settings.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate")
     settings.add_argument("--label-smoothing", type=_fraction, metavar="X")
@@ -172,10 +173,22 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="start of a BatchEnsemble's factors (default: random_sign)",
     )
     settings.add_argument(
-        "--fast-lr-multiplier",
+        "--fast-lr-mult",
         type=_positive,
         metavar="X",
         help="learning rate of these factors as a multiple of --lr (default: 1)",
+    )
+    settings.add_argument(
+        "--fast-weight-decay",
+        type=_non_negative,
+        metavar="X",
+        help="of these factors (default: 0)",
+    )
+    settings.add_argument(
+        "--member-bias",
+        choices=MEMBER_BIAS,
+        help="learning rate of the biases per member: slow, --lr; fast, that of the factors "
+        "(default: slow)",
     )
 
 

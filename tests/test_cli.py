@@ -92,7 +92,8 @@ def test_the_same_seed_gives_the_same_results(tmp_path, capsys):
 def test_every_option_reaches_the_training(tmp_path, capsys):
     settings = {
         "epochs": 1, "batch_size": 300, "optimizer": "sgd", "lr": 0.01, "weight_decay": 0.25,
-        "schedule": "constant", "label_smoothing": 0.125, "fast_lr_multiplier": 4.0, "seed": 9,
+        "schedule": "constant", "label_smoothing": 0.125, "fast_lr_mult": 4.0, "seed": 9,
+        "fast_weight_decay": 0.5, "member_bias": "fast",
     }  # fmt: skip
     options = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
     code, out, _ = run(capsys, "train", "--method=batch", "--model=small_cnn", "--members=2",

@@ -5,6 +5,7 @@ import math
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
+MEMBER_BIAS = ("slow", "fast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +18,19 @@ class TrainConfig:
         optimizer: "sgd" (Nesterov where `momentum` > 0), "adam" or "adamw".
         lr: learning rate at the end of the warm-up.
         momentum: of SGD; the other optimisers ignore it.
-        weight_decay: as the torch optimiser defines it; never on the factors r and s.
+        weight_decay: of the shared parameters, as the torch optimiser defines it (a Keras
+            regulariser l2(c) is `weight_decay=2 * c`).
         schedule: "constant", "cosine" (to 0 at the last step) or "step" (times `step_factor`
             every `step_epochs` epochs).
         step_epochs: epochs between two drops of the "step" schedule.
         step_factor: factor of one drop.
         warmup_epochs: linear rise from 0 at the start; may be a fraction.
         label_smoothing: fraction in [0, 1) of the target spread over all classes.
-        fast_lr_multiplier: learning rate of the factors r and s, as a multiple of `lr`.
+        fast_lr_mult: learning rate of the factors r and s, as a multiple of `lr`; see
+            `landscape_fast.methods.param_groups`.
+        fast_weight_decay: of the factors.
+        member_bias: "slow" or "fast": whether a bias per member learns with `lr` or with the
+            factors' rate.
         seed: non-negative; every random stream of the run is derived from it.
 
     Raises:
@@ -42,20 +48,22 @@ class TrainConfig:
     step_factor: float = 0.5
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
-    fast_lr_multiplier: float = 1.0
+    fast_lr_mult: float = 1.0
+    fast_weight_decay: float = 0.0
+    member_bias: str = "slow"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "step_epochs"):
             self._require(name, _is_int(getattr(self, name), 1), "an integer of at least 1")
         self._require("seed", _is_int(self.seed, 0), "a non-negative integer")
-        for name in ("lr", "step_factor", "fast_lr_multiplier"):
+        for name in ("lr", "step_factor", "fast_lr_mult"):
             self._require(
                 name,
                 _is_number(getattr(self, name)) and getattr(self, name) > 0,
                 "a finite number above 0",
             )
-        for name in ("weight_decay", "warmup_epochs"):
+        for name in ("weight_decay", "fast_weight_decay", "warmup_epochs"):
             self._require(
                 name,
                 _is_number(getattr(self, name)) and getattr(self, name) >= 0,
@@ -75,6 +83,7 @@ class TrainConfig:
         )
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}")
+        self._require("member_bias", self.member_bias in MEMBER_BIAS, f"one of {MEMBER_BIAS}")
 
     def _require(self, name: str, ok: bool, rule: str, more: str = "") -> None:
         if not ok:

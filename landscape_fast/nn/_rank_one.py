@@ -81,6 +81,10 @@ class RankOneLayer(nn.Module):
                 with torch.no_grad():
                     initialise(factor, generator)
 
+    def fast_parameters(self) -> list[Parameter]:
+        """The factors; `landscape_fast.methods.param_groups` gives them their own settings."""
+        return [factor for factor in (self.r, self.s) if factor is not None]
+
     @classmethod
     def _from(
         cls,

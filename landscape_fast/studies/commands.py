@@ -19,7 +19,9 @@ _TRAINING = (
     "weight_decay",
     "schedule",
     "label_smoothing",
-    "fast_lr_multiplier",
+    "fast_lr_mult",
+    "fast_weight_decay",
+    "member_bias",
     "seed",
 )
 _PROBLEM = ("data", "root", "model", "members", "fast_init", "pixels")

@@ -7,6 +7,7 @@ PIXELS = ("standardized", "unit", "raw")
 FAST_INITS = ("random_sign", "normal", "ones")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
+MEMBER_BIAS = ("slow", "fast")
 MODEL_OF = {"digits": "mlp", "cifar10": "medium_cnn", "mnist": "small_cnn"}
 
 # Recipe of the convolutional networks of Fort et al. 2019 (arXiv:1912.02757), as in the authors'

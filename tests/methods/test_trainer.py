@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from methods.problem import CONFIG, ROWS, STEPS, batch_ensemble, plain, rows
 from torch import nn
 
-from landscape_fast.methods import TrainConfig, fit, gibbs_cross_entropy, param_groups, predict
+from landscape_fast.methods import TrainConfig, fit, gibbs_cross_entropy, predict
 from landscape_fast.methods.deep import build_member
 from landscape_fast.methods.seeds import epoch_order
 
@@ -22,22 +22,6 @@ def test_the_loss_is_the_mean_over_members_of_the_plain_loss():
     # Jensen: the mean prediction always has the smaller loss
     mean = F.nll_loss(logits.softmax(-1).mean(0).log(), y)
     assert mean < gibbs_cross_entropy(logits, y)
-
-
-def test_factors_get_their_own_learning_rate_and_no_weight_decay():
-    model = batch_ensemble()
-    shared, fast = param_groups(model, lr=0.1, weight_decay=0.01, fast_lr_multiplier=0.5)
-    assert (shared["lr"], shared["weight_decay"]) == (0.1, 0.01)
-    assert (fast["lr"], fast["weight_decay"]) == (0.05, 0.0)
-    expected = [p for name, p in model.named_parameters() if name.split(".")[-1] in ("r", "s")]
-    assert [id(p) for p in fast["params"]] == [id(p) for p in expected]
-    together = {id(p) for p in shared["params"] + fast["params"]}
-    assert together == {id(p) for p in model.parameters()}
-    assert len(shared["params"]) + len(fast["params"]) == len(together)
-
-
-def test_a_plain_network_has_one_group():
-    assert len(param_groups(plain(), lr=0.1)) == 1
 
 
 def test_training_is_the_textbook_loop():

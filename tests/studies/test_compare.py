@@ -165,6 +165,7 @@ def test_presets_agree_with_what_they_configure():
     from landscape_fast.nn.init import NAMED
 
     assert presets.OPTIMIZERS == config.OPTIMIZERS and presets.SCHEDULES == config.SCHEDULES
+    assert presets.MEMBER_BIAS == config.MEMBER_BIAS
     assert set(presets.FAST_INITS) == set(NAMED)
     assert set(presets.TRAINING) == set(presets.MLP) == set(presets.MODEL_OF) == set(presets.DATA)
     assert set(presets.MODEL_OF.values()) <= set(presets.MODELS)
