@@ -4,6 +4,7 @@ One page per op: docstring, checks, reference, autograd, registration.
 `landscape_fast.show_config()` says which backend of each runs here.
 """
 
+from landscape_fast.ops._hyper_batch_l2 import hyper_batch_l2, hyper_batch_l2_reference
 from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear,
     batch_ensemble_linear_reference,
@@ -13,6 +14,10 @@ from landscape_fast.ops.ensemble_summary import (
     EnsembleSummary,
     ensemble_summary,
     ensemble_summary_reference,
+)
+from landscape_fast.ops.hyper_batch_linear import (
+    hyper_batch_linear,
+    hyper_batch_linear_reference,
 )
 from landscape_fast.ops.pairwise_divergence import (
     pairwise_disagreement,
@@ -29,6 +34,10 @@ __all__ = [
     "combine_reference",
     "ensemble_summary",
     "ensemble_summary_reference",
+    "hyper_batch_l2",
+    "hyper_batch_l2_reference",
+    "hyper_batch_linear",
+    "hyper_batch_linear_reference",
     "pairwise_disagreement",
     "pairwise_disagreement_reference",
     "pairwise_divergence",
