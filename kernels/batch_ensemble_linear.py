@@ -8,6 +8,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import batch_ensemble_linear_tiles as tiles
 from ._launch import AUTOTUNE, MAX_GRID_X, Config, arch, fastest, on_device
 
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 
 @triton.jit
 def swizzled(pid, tall, wide, GROUP: tl.constexpr):
@@ -60,12 +62,13 @@ def batch_ensemble_linear_fwd_kernel(
     x_stride_m, x_stride_b, x_stride_i, weight_stride_o, weight_stride_i,
     bias_stride_m, y_stride_m, y_stride_b,
     SHARED_X: tl.constexpr, EVEN_I: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    LONG: tl.constexpr,
+    LONG: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
     # One program computes [BLOCK_B, BLOCK_O] of y. Its rows are examples of one member or, FOLDED
-    # (for few examples per member), rows m * B + b of the sequence of all.
+    # (for few examples per member), rows m * B + b of the sequence of all. Factors may be float32:
+    # they are rounded to DTYPE, that of x.
     offs_i = tl.arange(0, BLOCK_I)
     if FOLDED:
         row, col = swizzled(tl.program_id(0), tl.cdiv(M * B, BLOCK_B), tl.cdiv(O, BLOCK_O), GROUP)
@@ -94,14 +97,14 @@ def batch_ensemble_linear_fwd_kernel(
             a = tl.load(p, mask=in_x, other=0.0)
             if r_ptr is not None:
                 p_r = r_ptr + offset(m, I, LONG)[:, None] + (i + offs_i)[None, :]
-                a = a * tl.load(p_r, mask=in_x, other=0.0)
+                a = a * tl.load(p_r, mask=in_x, other=0.0).to(DTYPE)
         else:
             a = load_tile(x, 0 if SHARED_X else m, row % tiles_b * BLOCK_B, i, B, I,
                           x_stride_m, x_stride_b, x_stride_i,
                           BLOCK_B, BLOCK_I, EVEN_I, TMA, LONG)  # fmt: skip
             if r_ptr is not None:  # x * r is rounded to the input dtype, as in plain PyTorch
                 p_r = r_ptr + offset(m, I, LONG) + i + offs_i
-                a = a * tl.load(p_r, mask=in_i, other=0.0)[None, :]
+                a = a * tl.load(p_r, mask=in_i, other=0.0).to(DTYPE)[None, :]
         acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
 
     in_y = in_rows[:, None] & in_o[None, :]
@@ -114,9 +117,9 @@ def batch_ensemble_linear_fwd_kernel(
         bias_offs = (offset(m, bias_stride_m, LONG) + offs_o)[None, :]
         in_so = in_o[None, :]
     if s_ptr is not None:
-        acc *= tl.load(s_ptr + s_offs, mask=in_so, other=0.0).to(tl.float32)
+        acc *= tl.load(s_ptr + s_offs, mask=in_so, other=0.0).to(DTYPE).to(tl.float32)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + bias_offs, mask=in_so, other=0.0).to(tl.float32)
+        acc += tl.load(bias_ptr + bias_offs, mask=in_so, other=0.0).to(DTYPE).to(tl.float32)
     y_offs = m.to(tl.int64) * y_stride_m + b.to(tl.int64) * y_stride_b
     p_y = y_ptr + y_offs[:, None] + offs_o[None, :]
     tl.store(p_y, acc.to(y_ptr.dtype.element_ty), mask=in_y)
@@ -136,6 +139,7 @@ def batch_ensemble_linear_fwd(
 ) -> None:
     """x [M, B, I] or, for all members, [B, I]; weight [O, I]; r [M, I]; s [M, O]; bias [M, O], [O].
 
+    All in one dtype, except that r, s and bias may be float32 where it has 16 bits.
     Fills y [M, B, O], any strides but unit along O. Nothing is empty. x and weight may have any
     strides. `config` and `long` (64-bit offsets) are chosen here unless given.
     """
@@ -153,7 +157,7 @@ def batch_ensemble_linear_fwd(
             descriptor(weight, block_o, block_i) if c.tma else weight,
             r, s, bias, y, M, B, I, O, *strides,
             SHARED_X=x.ndim == 2, EVEN_I=I % block_i == 0, PRECISION=precision(kind),
-            TMA=c.tma, LONG=long, **c.options(),
+            TMA=c.tma, LONG=long, DTYPE=DTYPES[x.dtype], **c.options(),
         )  # fmt: skip
 
     with on_device(x):

@@ -13,6 +13,7 @@ from . import batch_ensemble_linear_tiles as tiles
 from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, on_device
 from ._reduce import sum_parts
 from .batch_ensemble_linear import (
+    DTYPES,
     describable,
     descriptor,
     grid,
@@ -31,7 +32,7 @@ def batch_ensemble_linear_bwd_x_kernel(
     dy_stride_m, dy_stride_b, dy_stride_o, weight_stride_o, weight_stride_i,
     x_stride_m, x_stride_b, x_stride_i, dx_stride_m, dx_stride_b,
     SHARED_X: tl.constexpr, EVEN_O: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    LONG: tl.constexpr,
+    LONG: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # One program computes [BLOCK_B, BLOCK_I] of dx for one member or, for a shared x, of the sum
@@ -59,7 +60,8 @@ def batch_ensemble_linear_bwd_x_kernel(
                           BLOCK_B, BLOCK_O, EVEN_O, TMA, LONG)  # fmt: skip
             if s_ptr is not None:  # dy * s is rounded to the input dtype, as in plain PyTorch
                 p_s = s_ptr + offset(m, O, LONG) + o + offs_o
-                a = a * tl.load(p_s, mask=EVEN_O | (o + offs_o < O), other=0.0)[None, :]
+                s = tl.load(p_s, mask=EVEN_O | (o + offs_o < O), other=0.0)
+                a = a * s.to(DTYPE)[None, :]
             w = load_tile(weight, 0, o, col * BLOCK_I, O, I, 0, weight_stride_o, weight_stride_i,
                           BLOCK_O, BLOCK_I, False, TMA, LONG)  # fmt: skip
             t = tl.dot(a, w, t, input_precision=PRECISION)
@@ -71,7 +73,7 @@ def batch_ensemble_linear_bwd_x_kernel(
             tl.store(p_dr, tl.sum(t * v.to(tl.float32), 0), mask=in_i)
         if r_ptr is not None:
             p_r = r_ptr + offset(m, I, LONG) + offs_i
-            t *= tl.load(p_r, mask=in_i, other=0.0).to(tl.float32)[None, :]
+            t *= tl.load(p_r, mask=in_i, other=0.0).to(DTYPE).to(tl.float32)[None, :]
         if SHARED_X:
             total += t
     if SHARED_X:
@@ -114,6 +116,7 @@ def batch_ensemble_linear_bwd_weight_kernel(
     dy_stride_m, dy_stride_b, dy_stride_o, x_stride_m, x_stride_b, x_stride_i,
     weight_stride_o, weight_stride_i,
     SHARED_X: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
+    DTYPE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # One program computes [BLOCK_O, BLOCK_I] of dweight over the members and examples of one
@@ -159,13 +162,13 @@ def batch_ensemble_linear_bwd_weight_kernel(
         s = tl.full((BLOCK_O,), 1.0, tl.float32)
         if s_ptr is not None:
             p_s = s_ptr + offset(m, O, LONG) + offs_o
-            s = tl.load(p_s, mask=in_o, other=0.0).to(tl.float32)
+            s = tl.load(p_s, mask=in_o, other=0.0).to(DTYPE).to(tl.float32)
         if dr_part_ptr is not None:
             p_dr = dr_part_ptr + ((split_b * tiles_o + row) * M + m).to(tl.int64) * I + offs_i
             tl.store(p_dr, tl.sum(g * w * s[:, None], 0), mask=in_i)
         if r_ptr is not None:
             p_r = r_ptr + offset(m, I, LONG) + offs_i
-            g *= tl.load(p_r, mask=in_i, other=0.0).to(tl.float32)[None, :]
+            g *= tl.load(p_r, mask=in_i, other=0.0).to(DTYPE).to(tl.float32)[None, :]
         if ds_part_ptr is not None:
             p_ds = ds_part_ptr + ((split_b * tiles_i + col) * M + m).to(tl.int64) * O + offs_o
             tl.store(p_ds, tl.sum(g * w, 1), mask=in_o)
@@ -200,9 +203,11 @@ def batch_ensemble_linear_bwd(
     """Fills those of dx, dweight, dr, ds, dbias that are given, in the shapes of their inputs.
 
     dy [M, B, O], x [M, B, I] or [B, I], weight [O, I]: any strides; r [M, I], s [M, O]. dx has unit
-    stride along I, a shared x (and its dx) two dimensions; the other outputs are contiguous.
-    `dr_with_dx` takes dr from the dx kernel, where dx is wanted. Configurations, `split` (of the
-    weight gradient's sum) and `long` (64-bit offsets) are chosen here unless given.
+    stride along I, a shared x (and its dx) two dimensions; the other outputs are contiguous. All in
+    one dtype, except that r, s and the outputs but dx may be float32 where it has 16 bits.
+    `dr_with_dx` takes dr from the dx kernel, where dx is wanted; it rounds dy * s there.
+    Configurations, `split` (of the weight gradient's sum) and `long` (64-bit offsets) are chosen
+    here unless given.
     """
     r, s = (None if t is None else t.contiguous() for t in (r, s))
     long = spans_long(dy, x, weight, r, s) if long is None else long
@@ -217,7 +222,7 @@ def batch_ensemble_linear_bwd(
             outputs = (dweight, dr_w, ds, dbias)
             jobs += _weight_gradient(*inputs, *outputs, tf32, long, weight_config, split)
         elif dbias is not None:
-            torch.sum(dy, 1 if dbias.ndim == 2 else (0, 1), out=dbias)
+            torch.sum(dy, 1 if dbias.ndim == 2 else (0, 1), dtype=dbias.dtype, out=dbias)
         sum_parts(jobs)
 
 
@@ -250,7 +255,7 @@ def _input_gradient(dy, x, weight, r, s, dx, dr, tf32, long, config) -> Jobs:
             descriptor(x, block_b, block_i) if c.tma else x,
             r, s, out, part, M, B, I, O, members, *strides, *_strides(out)[:2],
             SHARED_X=shared, EVEN_O=O % block_o == 0, PRECISION=precision(kind), TMA=c.tma,
-            LONG=long, **c.options(),
+            LONG=long, DTYPE=DTYPES[x.dtype], **c.options(),
         )  # fmt: skip
         return jobs
 
@@ -296,7 +301,8 @@ def _weight_gradient(
             descriptor(weight, block_o, block_i) if c.tma else weight,
             r, s, out, parts(splits_b * tiles_i, ds, M, O), parts(splits_b * tiles_o, dr, M, I),
             parts(splits_b, dbias, M, O), M, B, I, O, split.members, split.examples, *strides,
-            SHARED_X=x.ndim == 2, PRECISION=precision(kind), TMA=c.tma, LONG=long, **c.options(),
+            SHARED_X=x.ndim == 2, PRECISION=precision(kind), TMA=c.tma, LONG=long,
+            DTYPE=DTYPES[x.dtype], **c.options(),
         )  # fmt: skip
         return jobs
 

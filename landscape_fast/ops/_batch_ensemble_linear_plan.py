@@ -30,6 +30,8 @@ SUM_LAUNCH = 3.0  # us: of the kernel that adds up the parts of a split sum
 UNALIGNED = {"half": 0.1, "tf32": 0.5, "ieee": 0.8}  # share left where 16-byte loads are impossible
 ROWS = 64  # examples of a member that one tile holds
 TILE_BYTES = 1.5  # traffic of the weight gradient's epilogue, per member and weight
+WITH_DR = 0.85  # share of its rate left where that epilogue makes dr too, in smaller tiles
+OUTER_PASSES = 6  # times that a composition from G moves it, a float32 [M, O, I]
 
 
 class Needs(NamedTuple):
@@ -46,9 +48,10 @@ class Plan(NamedTuple):
     """How to run the forward and the backward.
 
     `forward` is "fused" or "composed". `backward` is "H" (fused, dr beside dx), "G" (fused, dr
-    beside dweight), "composed", or "none". Both fused backwards keep x alone of the activations;
-    a composed one that needs ds also keeps (x * r) weight^T, which is why a composed backward that
-    needs ds implies a composed forward.
+    beside dweight), "composed", "outer" (composed from G_m = dy_m^T x_m), or "none". All but
+    "composed" keep x alone of the activations; "composed" also keeps (x * r) weight^T for ds, and
+    then implies a composed forward. "G" and "outer" round nothing to 16 bits before the gradients
+    of weight, r and s, which is what those held in float32 are promised.
     """
 
     forward: str
@@ -68,6 +71,7 @@ class Problem(NamedTuple):
     has_r: bool = True
     has_s: bool = True
     aligned: bool = True  # rows of x, weight and y allow 16-byte loads
+    exact: bool = False  # gradients of weight, r or s are wanted that 16 bits never rounded
 
 
 def choose(p: Problem, needs: Needs) -> Plan:
@@ -75,10 +79,11 @@ def choose(p: Problem, needs: Needs) -> Plan:
     if not any(needs):
         forward = "fused" if forward_fused(p) <= forward_composed(p) else "composed"
         return Plan(forward, "none")
-    fused_way = "H" if needs.x else "G"
-    plans = [Plan("fused", fused_way), Plan("composed", fused_way), Plan("composed", "composed")]
-    if not needs.s:
-        plans.append(Plan("fused", "composed"))
+    fused_way = "H" if needs.x and not p.exact else "G"
+    composed_way = "outer" if p.exact else "composed"
+    plans = [Plan("fused", fused_way), Plan("composed", fused_way), Plan("composed", composed_way)]
+    if p.exact or not needs.s:
+        plans.append(Plan("fused", composed_way))
     best, least = plans[0], estimate(p, needs, plans[0])
     for plan in plans[1:]:  # a loop, since torch.compile traces this where sizes are dynamic
         us = estimate(p, needs, plan)
@@ -92,8 +97,10 @@ def estimate(p: Problem, needs: Needs, plan: Plan) -> float:
     us = forward_fused(p) if plan.forward == "fused" else forward_composed(p)
     if plan.backward == "composed":
         us += backward_composed(p, needs)
+    elif plan.backward == "outer":
+        us += backward_outer(p, needs)
     elif plan.backward != "none":
-        us += backward_fused(p, needs)
+        us += backward_fused(p, needs, plan.backward)
     return us
 
 
@@ -112,19 +119,29 @@ def forward_composed(p: Problem) -> float:
     return us + _pass(p, rows * p.O + p.M * p.B * p.O)
 
 
-def backward_fused(p: Problem, needs: Needs) -> float:
-    """dx (with dr), dweight with ds and db (with dr where there is no dx), and their sum."""
+def backward_fused(p: Problem, needs: Needs, way: str) -> float:
+    """dx (in "H" with dr), dweight with ds and db (and dr otherwise), and their sum."""
     _, dx, dweight = _efficiency(p)
     rows = p.M * -(-p.B // ROWS) * ROWS
     us = 0.0
     if needs.x:
         us += _product(p, rows, dx)
-    if needs.weight or needs.s or (needs.r and not needs.x):
-        us += _product(p, rows, dweight)
+    dr_here = needs.r and not (needs.x and way == "H")
+    if needs.weight or needs.s or dr_here:
+        us += _product(p, rows, dweight * WITH_DR if dr_here and needs.x else dweight)
         us += TILE_BYTES * p.M * p.O * p.I / BANDWIDTH[p.arch] * 1e-6
     elif needs.bias:
         us += _pass(p, p.M * p.B * p.O)
     return us + SUM_LAUNCH
+
+
+def backward_outer(p: Problem, needs: Needs) -> float:
+    """The product and passes for dx, the product for G, and its elementwise passes."""
+    us = backward_composed(p, Needs(x=needs.x, bias=needs.bias))
+    if needs.weight or needs.r or needs.s:
+        moved = 4e-6 * OUTER_PASSES * p.M * p.O * p.I / BANDWIDTH[p.arch]
+        us += _product(p, p.M * p.B, 1.0) + moved + 2 * OUTER_PASSES * PASS_LAUNCH
+    return us
 
 
 def backward_composed(p: Problem, needs: Needs) -> float:

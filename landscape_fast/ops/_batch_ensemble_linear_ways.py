@@ -1,13 +1,20 @@
 """The two ways to compute batch_ensemble_linear: library calls, and the registered fused kernels.
 
-`x` is [M, B, I], [B, M, I] (`batch_major`) or shared, [B, I]; outputs are contiguous.
+`x` is [M, B, I], [B, M, I] (`batch_major`) or shared, [B, I]; outputs are contiguous. Parameters
+may be float32 where x has 16 bits (`_dispatch`): the library calls take them rounded, except
+`outer_backward`; the registered ops take them as they are held.
 """
 
 import torch
 from torch import Tensor
 
 from landscape_fast.ops._batch_ensemble_linear_plan import tf32_allowed
+from landscape_fast.ops._dispatch import rounded
 from landscape_fast.ops._library import define
+
+# Multiplying 16-bit tensors into a float32 result: torch 2.8 and later, on CUDA.
+WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
+OUTER_ELEMENTS = 2**20  # of G that outer_backward holds at a time, unless one member has more
 
 
 def per_row(t: Tensor, batch_major: bool) -> Tensor:
@@ -40,7 +47,7 @@ def composed(x, weight, r, s, bias, members, batch_major) -> tuple[Tensor, Tenso
     return y, z
 
 
-def composed_backward(dy, x, weight, r, s, z, needs, bias_shared, batch_major):
+def composed_backward(dy, x, weight, r, s, z, needs, bias_shared, bias_dtype, batch_major):
     """Gradients by library calls; x * r is made again rather than kept."""
     need_x, need_weight, need_r, need_s, need_bias = needs
     members = members_dim(batch_major)
@@ -49,7 +56,7 @@ def composed_backward(dy, x, weight, r, s, z, needs, bias_shared, batch_major):
     if need_s:
         ds = (dy * (z if z.ndim == 3 else z.unsqueeze(members))).sum(examples)
     if need_bias:
-        dbias = dy.sum((0, 1) if bias_shared else examples)
+        dbias = dy.sum((0, 1) if bias_shared else examples, dtype=bias_dtype)
     if need_x or need_weight or need_r:
         d = dy if s is None else dy * per_row(s, batch_major)
         d = d.sum(members) if x.ndim == 2 and r is None else d  # one product serves all members
@@ -65,6 +72,57 @@ def composed_backward(dy, x, weight, r, s, z, needs, bias_shared, batch_major):
     return dx, dweight, dr, ds, dbias
 
 
+def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_major):
+    """Gradients by library calls from x alone: those of weight, r, s through G_m = dy_m^T x_m.
+
+    G, and all that is made of it, is float32 (float64 for float64), so a 16-bit dtype rounds
+    nothing between its inputs and these gradients.
+    """
+    need_x, need_weight, need_r, need_s, need_bias = needs
+    w, low_r, low_s = rounded(x.dtype, weight, r, s)
+    how = (bias_shared, bias_dtype, batch_major)
+    some = (need_x, False, False, False, need_bias)
+    dx, *_, dbias = composed_backward(dy, x, w, low_r, low_s, None, some, *how)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    w, low_r, low_s = rounded(wide, w, low_r, low_s)
+    d, rows = _member_major(dy, batch_major), _member_major(x, batch_major)
+    if r is None and s is None:  # no member differs
+        d = d.sum(0, dtype=wide) if x.ndim == 2 else d.flatten(0, 1)
+        d, rows = d.unsqueeze(0), x if x.ndim == 2 else rows.flatten(0, 1).unsqueeze(0)
+    rows = rows if rows.ndim == 3 else rows.expand(d.shape[0], *rows.shape)
+    dweight, dr, ds = None, [], []
+    step = max(1, OUTER_ELEMENTS // weight.numel())
+    for first in range(0, d.shape[0], step):
+        some = slice(first, first + step)
+        g = _wide_product(d[some].transpose(1, 2), rows[some], wide)  # [step, O, I]
+        r_row = None if r is None else low_r[some].unsqueeze(1)
+        s_column = None if s is None else low_s[some].unsqueeze(2)
+        if need_r or need_s:
+            h = g * w
+            if need_r:
+                dr.append((h if s is None else h * s_column).sum(1))
+            if need_s:
+                ds.append((h if r is None else h * r_row).sum(2))
+        if need_weight:
+            g = g if r is None else g * r_row
+            g = (g if s is None else g * s_column).sum(0)
+            dweight = g if dweight is None else dweight + g
+    dweight = dweight.to(weight.dtype) if need_weight else None
+    dr = torch.cat(dr).to(r.dtype) if need_r else None
+    ds = torch.cat(ds).to(s.dtype) if need_s else None
+    return dx, dweight, dr, ds, dbias
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b for a batch, formed from the exact values and returned in `dtype`.
+
+    16-bit values are exact in tf32 too, so torch's switch for that changes nothing.
+    """
+    if a.is_cuda and WIDE_PRODUCTS and a.dtype == b.dtype != dtype:
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.bmm(a.to(dtype), b.to(dtype))
+
+
 def _forward_fake(x, weight, r, s, bias, members, batch_major):
     B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
     rows = (B, members) if batch_major else (members, B)
@@ -74,29 +132,35 @@ def _forward_fake(x, weight, r, s, bias, members, batch_major):
 def _forward_impl(x, weight, r, s, bias, members, batch_major):
     from landscape_fast.kernels.batch_ensemble_linear import batch_ensemble_linear_fwd
 
+    (weight,) = rounded(x.dtype, weight)
     y = _forward_fake(x, weight, r, s, bias, members, batch_major)
     rows = [_member_major(t, batch_major) for t in (x, y)]
     batch_ensemble_linear_fwd(rows[0], weight, r, s, bias, rows[1], tf32_allowed())
     return y
 
 
-def _backward_fake(dy, x, weight, r, s, needs, bias_shared, batch_major, dr_with_dx):
+def _backward_fake(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_major, dr_with_dx):
     M, O = dy.shape[members_dim(batch_major)], weight.shape[0]
     bias = (O,) if bias_shared else (M, O)
     shapes = (x.shape, weight.shape, (M, x.shape[-1]), (M, O), bias)
+    held = [x if t is None else t for t in (x, weight, r, s)]
+    dtypes = [*[t.dtype for t in held], bias_dtype]
     return tuple(
-        x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)
+        x.new_empty(shape if need else (0,), dtype=dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
     )
 
 
-def _backward_impl(dy, x, weight, r, s, needs, bias_shared, batch_major, dr_with_dx):
+def _backward_impl(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_major, dr_with_dx):
     from landscape_fast.kernels.batch_ensemble_linear_backward import batch_ensemble_linear_bwd
 
-    found = _backward_fake(dy, x, weight, r, s, needs, bias_shared, batch_major, dr_with_dx)
+    arguments = (dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_major, dr_with_dx)
+    found = _backward_fake(*arguments)
     wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
     if needs[0]:
         wanted[0] = _member_major(found[0], batch_major)
     rows = [_member_major(t, batch_major) for t in (dy, x)]
+    (weight,) = rounded(x.dtype, weight)
     batch_ensemble_linear_bwd(*rows, weight, r, s, *wanted, tf32_allowed(), dr_with_dx=dr_with_dx)
     return found
 
@@ -113,7 +177,7 @@ forward_op = define(
 )
 backward_op = define(
     "batch_ensemble_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? r, Tensor? s,"
-    " bool[] needs, bool bias_shared, bool batch_major, bool dr_with_dx)"
+    " bool[] needs, bool bias_shared, ScalarType bias_dtype, bool batch_major, bool dr_with_dx)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,

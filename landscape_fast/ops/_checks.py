@@ -38,6 +38,7 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] = FLOATS,
     like: Tensor | None = None,
     like_name: str = "",
+    or_float32: bool = False,
 ) -> None:
     """Type, number of dimensions, sizes, dtype and device of one tensor argument.
 
@@ -46,6 +47,7 @@ def check_tensor(
         sizes: what each dimension must be; None where any size will do.
         dtypes: the dtypes it may have, unless `like` is given.
         like: a tensor whose dtype and device it must share; `like_name` names it in the message.
+        or_float32: it may also be float32 where `like` is bfloat16 or float16.
 
     Raises:
         TypeError: if `value` is not a tensor.
@@ -63,8 +65,10 @@ def check_tensor(
     if like is None:
         require(value.dtype in dtypes, op, argument, f"one of {names(dtypes)}", value.dtype)
         return
-    if value.dtype != like.dtype:
+    short = or_float32 and like.dtype in (torch.bfloat16, torch.float16)
+    if value.dtype != like.dtype and not (short and value.dtype == torch.float32):
         rule = f"of the dtype of {like_name}, {names([like.dtype])}"
+        rule += ", or float32" if short else ""
         raise ValueError(message(op, argument, rule, names([value.dtype])))
     if value.device != like.device:
         rule = f"on the device of {like_name}, {like.device}"

@@ -3,14 +3,22 @@
 An op declares its backends once, best first. `pick` chooses among them; `explain` says why. The
 public function of every op then runs, in this order:
 
-1. checks (`_checks`), then `autocast` where the op multiplies activations;
+1. checks (`_checks`), then `autocast` (or `autocast_input`) where the op multiplies activations;
 2. under a functorch transform or forward-mode AD (`transforming`), or when the pick is "torch": the
    reference, in plain PyTorch, which every transform understands;
 3. when an input needs a gradient (`wants_grad`): an ordinary `autograd.Function` around the
    registered ops, whose backward takes `reference_backward` when `wants_graph`;
 4. otherwise the registered op itself.
+
+Mixed dtypes, one rule for all ops of shared weights and factors: where the input is bfloat16 or
+float16 (given so, or cast by autocast), a parameter may be float32. It is rounded to the dtype of
+the input for the products, and its gradient is summed and returned in float32 with no 16-bit
+rounding on the way. `check_tensor(..., or_float32=True)` lets such arguments in, `autocast_input`
+casts the input alone, `rounded` is what a kernel multiplies with, and a reference begins with
+`as_rounded`, which rounds values without rounding gradients.
 """
 
+import contextlib
 import os
 import shutil
 import warnings
@@ -186,6 +194,48 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
+
+
+def autocast_input(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, `x` in the autocast dtype; float32 parameters stay, for the rule above.
+
+    16-bit parameters take the dtype of `x`. A float64 `x`, and float64 parameters, are left alone.
+    """
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x, *params
+    if x.dtype in KERNEL_DTYPES:
+        x = x.to(torch.get_autocast_dtype(device))
+    short = (torch.bfloat16, torch.float16)
+    return x, *[t.to(x.dtype) if t is not None and t.dtype in short else t for t in params]
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """A context in which autocast is off for that device type; free where it is off already."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def rounded(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in `dtype`, as the products of a mixed op see them."""
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
+
+
+def as_rounded(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`x` and the parameters for a reference; the caller casts its result to the dtype of `x`.
+
+    Where `x` has 16 bits and a parameter float32, all become float32, the parameters with the
+    values they have in the dtype of `x`; their gradients pass unrounded. Otherwise nothing changes.
+    """
+    held = any(t is not None and t.dtype == torch.float32 for t in params)
+    if not held or x.dtype not in (torch.bfloat16, torch.float16):
+        return x, *params
+
+    def round_values(t: Tensor) -> Tensor:  # t + (rounded - t) is exact
+        return t.float() + (t.to(x.dtype).float() - t.float()).detach()
+
+    return x.float(), *[None if t is None else round_values(t) for t in params]
 
 
 def wants_graph() -> bool:

@@ -19,25 +19,30 @@ from landscape_fast.ops._batch_ensemble_linear_ways import (
     composed_backward,
     forward_op,
     members_dim,
+    outer_backward,
     per_row,
     scaled,
 )
 from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
 from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
-    autocast,
+    as_rounded,
+    autocast_input,
     declare,
     pick,
     reference_backward,
+    rounded,
     transforming,
     wants_grad,
     wants_graph,
+    without_autocast,
 )
 
 OP = "batch_ensemble_linear"
 LAYOUTS = ("member_major", "batch_major", "folded")
 COMPOSED = Plan("composed", "composed")
 FUSED = Plan("fused", "H")
+EXACT = {"H": "G", "composed": "outer"}  # the backward that spares float32 gradients 16 bits
 
 declare(OP, triton=KERNEL_DTYPES)
 
@@ -59,7 +64,8 @@ def batch_ensemble_linear(
     Args:
         x: [M, B, I], any strides; or [B, I], read by all members without a copy. In layout
             "batch_major" [B, M, I] or [B, I]; in "folded" [M*B, I], the rows of a member together.
-        weight: [O, I], shared by the members. Like all that follows, of the dtype of `x`.
+        weight: [O, I], shared by the members. Like all that follows of the dtype of `x`, or float32
+            where `x` has 16 bits: then rounded to that for the products, with a float32 gradient.
         r: [M, I], scales the input features of each member; None for ones.
         s: [M, O], scales its output features; None for ones.
         bias: [M, O], one per member, or [O], one for all; None for zero.
@@ -71,7 +77,9 @@ def batch_ensemble_linear(
     Returns:
         [M, B, O], [B, M, O] or [M*B, O] as the layout says, contiguous, in the dtype of `x`.
         Products are added up in float32 (float64 for float64); float32 factors are rounded to tf32
-        where `torch.backends.cuda.matmul` allows it. Under autocast all runs in its dtype.
+        where `torch.backends.cuda.matmul` allows it. Autocast casts `x`. The gradients of float32
+        parameters beside a 16-bit `x` are as exact as float32 sums of exact products: nothing is
+        rounded to 16 bits before them.
 
     Raises:
         TypeError: if an argument is not a tensor.
@@ -80,7 +88,8 @@ def batch_ensemble_linear(
 
     Cost: 2 * M * B * I * O flops, and twice as many for the gradients; x, weight and y moved once.
         The kernels keep `x` for the backward, and no other activation; "torch" also keeps
-        (x * r) weight^T, if ds is wanted. Gradients are deterministic, and differentiable again.
+        (x * r) weight^T, if ds is wanted in the dtype of `x`. Gradients are deterministic, and
+        differentiable again.
 
     Source: Wen et al. 2020 (arXiv:2002.06715); as used by TabM (arXiv:2410.24210).
 
@@ -96,11 +105,12 @@ def batch_ensemble_linear(
                 [[-1.,  3., -4.]]])
     """
     _check_types(x, weight, r, s, bias, layout)
-    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
+    x, weight, r, s, bias = autocast_input(x, weight, r, s, bias)
     members = _check(x, weight, r, s, bias, layout)
     name = pick(OP, backend, x)
     if transforming() or x.numel() == 0 or weight.numel() == 0:
-        return batch_ensemble_linear_reference(x, weight, r, s, bias, layout=layout)
+        with without_autocast(x.device.type):
+            return batch_ensemble_linear_reference(x, weight, r, s, bias, layout=layout)
     if layout == "folded":
         x = x.unflatten(0, (members, x.shape[0] // members))
     tensors = (x, weight, r, s, bias)
@@ -113,11 +123,10 @@ def batch_ensemble_linear(
     else:
         plan = _plan(*tensors, *sizes, needs)
     if any(needs):
-        y = _BatchEnsembleLinear.apply(*tensors, *sizes, plan.forward, plan.backward)
-    elif plan.forward == "fused":
-        y = forward_op(*tensors, *sizes)
+        backward = EXACT.get(plan.backward, plan.backward) if _exact(*tensors, needs) else plan[1]
+        y = _BatchEnsembleLinear.apply(*tensors, *sizes, plan.forward, backward)
     else:
-        y = composed(*tensors, *sizes)[0]
+        y = _forward(*tensors, *sizes, plan.forward)[0]
     return y.flatten(0, 1) if layout == "folded" else y
 
 
@@ -135,11 +144,13 @@ def batch_ensemble_linear_reference(
         M = _members(x, r, s, bias, layout)
         x = x.unflatten(0, (M, x.shape[0] // M if M else 0))
         return batch_ensemble_linear_reference(x, weight, r, s, bias).flatten(0, 1)
-    batch_major = layout == "batch_major"
+    dtype, batch_major = x.dtype, layout == "batch_major"
+    x, weight, r, s, bias = as_rounded(x, weight, r, s, bias)
     y = scaled(x, r, batch_major) @ weight.T
     y = y if y.ndim == 3 else y.unsqueeze(members_dim(batch_major))
     y = y if s is None else y * per_row(s, batch_major)
-    return y if bias is None else y + per_row(bias, batch_major)
+    y = y if bias is None else y + per_row(bias, batch_major)
+    return y.to(dtype)
 
 
 def _check_types(x, weight, r, s, bias, layout) -> None:
@@ -156,7 +167,7 @@ def _check(x, weight, r, s, bias, layout) -> int:
     fits = x.ndim == 2 or (x.ndim == 3 and layout != "folded")
     require(fits, OP, "x", shapes.get(layout, "[M*B, I]"), list(x.shape))
     require(x.dtype in FLOATS, OP, "x", f"one of {names(FLOATS)}", x.dtype)
-    like = {"like": x, "like_name": "x"}
+    like = {"like": x, "like_name": "x", "or_float32": True}
     check_tensor(OP, "weight", weight, "O, I", (None, x.shape[-1]), **like)
     (O, I), M = weight.shape, _members(x, r, s, bias, layout)
     rule = "[M, B, I]" if layout == "member_major" else "[B, M, I]"
@@ -203,48 +214,62 @@ def _plan(x, weight, r, s, bias, members, batch_major, needs) -> Plan:
     strides = (O, *x.stride()[:-1], *weight.stride()[:-1])
     aligned = x.stride(-1) == 1 and weight.stride(-1) == 1 and all(n % unit == 0 for n in strides)
     factors = (r is not None, s is not None)
-    problem = Problem(members, B, I, O, arch, kind, x.ndim == 2, *factors, aligned)
+    exact = _exact(x, weight, r, s, bias, needs)
+    problem = Problem(members, B, I, O, arch, kind, x.ndim == 2, *factors, aligned, exact)
     return choose(problem, needs) if torch.compiler.is_compiling() else _chosen(problem, needs)
 
 
 _chosen = lru_cache(4096)(choose)  # a layer asks the same at every step
 
 
+def _exact(x, weight, r, s, bias, needs) -> bool:
+    """Whether a gradient of weight, r or s is wanted in float32 beside an x of 16 bits."""
+    held = zip((weight, r, s), needs[1:4], strict=True)
+    return any(need and t.dtype != x.dtype for t, need in held)
+
+
+def _forward(x, weight, r, s, bias, members, batch_major, way) -> tuple[Tensor, Tensor | None]:
+    """(y, z or None)"""
+    if way == "fused":
+        return forward_op(x, weight, r, s, bias, members, batch_major), None
+    return composed(x, *rounded(x.dtype, weight, r, s, bias), members, batch_major)
+
+
 class _BatchEnsembleLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, r, s, bias, members, batch_major, forward, backward):
-        if forward == "fused":
-            y, z = forward_op(x, weight, r, s, bias, members, batch_major), None
-        else:
-            y, z = composed(x, weight, r, s, bias, members, batch_major)
+        y, z = _forward(x, weight, r, s, bias, members, batch_major, forward)
         keep_z = backward == "composed" and ctx.needs_input_grad[3]
         ctx.save_for_backward(x, weight, r, s, z if keep_z else None)
         ctx.bias_shape = None if bias is None else bias.shape
+        ctx.bias_dtype = x.dtype if bias is None else bias.dtype
         ctx.batch_major, ctx.plan = batch_major, backward
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        device = dy.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # gradients stay in the dtype of the op
-                return _BatchEnsembleLinear.backward(ctx, dy)
+        with without_autocast(dy.device.type):  # gradients stay in the dtypes of the op
+            return *_BatchEnsembleLinear.gradients(ctx, dy), None, None, None, None
+
+    @staticmethod
+    def gradients(ctx, dy):
         x, weight, r, s, z = ctx.saved_tensors
         needs, batch_major = ctx.needs_input_grad[:5], ctx.batch_major
         if wants_graph():
             layout = "batch_major" if batch_major else "member_major"
-            bias = dy.new_zeros(ctx.bias_shape).requires_grad_() if ctx.bias_shape else None
+            bias = None
+            if ctx.bias_shape is not None:
+                bias = dy.new_zeros(ctx.bias_shape, dtype=ctx.bias_dtype).requires_grad_()
 
             def definition(*tensors):
                 return batch_ensemble_linear_reference(*tensors, layout=layout)
 
-            found = reference_backward(definition, (x, weight, r, s, bias), needs, dy)
-            return *found, None, None, None, None
+            return reference_backward(definition, (x, weight, r, s, bias), needs, dy)
         bias_shared = ctx.bias_shape is not None and len(ctx.bias_shape) == 1
-        how = (needs, bias_shared, batch_major)
+        how = (needs, bias_shared, ctx.bias_dtype, batch_major)
         if ctx.plan == "composed":
-            found = composed_backward(dy, x, weight, r, s, z, *how)
-        else:
-            found = backward_op(dy, x, weight, r, s, *how, ctx.plan == "H")
-            found = [g if need else None for g, need in zip(found, needs, strict=True)]
-        return *found, None, None, None, None
+            return composed_backward(dy, x, *rounded(x.dtype, weight, r, s), z, *how)
+        if ctx.plan == "outer":
+            return outer_backward(dy, x, weight, r, s, *how)
+        found = backward_op(dy, x, weight, r, s, *how, ctx.plan == "H")
+        return [g if need else None for g, need in zip(found, needs, strict=True)]

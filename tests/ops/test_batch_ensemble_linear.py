@@ -231,21 +231,6 @@ def test_vmap_over_weights():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast(backend, device):
-    arguments = [t.requires_grad_() for t in inputs(2, 3, 4, 3, device=device)]
-    half = [t.detach().half().requires_grad_() for t in arguments]
-    dy = torch.randn(2, 3, 3, device=device).half()
-    plain = batch_ensemble_linear(*half, backend=backend)
-    with torch.autocast(device, dtype=torch.float16):
-        y = batch_ensemble_linear(*arguments, backend=backend)
-        double = batch_ensemble_linear(*[t.detach().double() for t in arguments])
-    assert y.dtype == torch.float16 and double.dtype == torch.float64
-    assert torch.equal(y, plain)
-    for a, b in zip(gradients(y, arguments, dy), gradients(plain, half, dy), strict=True):
-        assert a.dtype == torch.float32 and torch.equal(a, b.float())
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_backward_inside_autocast_keeps_its_precision(create_graph, backend, device):
     arguments = [t.requires_grad_() for t in inputs(2, 3, 4, 3, device=device)]

@@ -231,8 +231,13 @@ def test_registered_ops(shared, batch_major, device):
     strided = weight.T.contiguous().T
     check_registered(forward_op, (x, strided, None, s, None, M, batch_major))
     needs = [False, True, True, False, True]
-    check_registered(backward_op, (dy, x, weight, r, s, [True] * 5, False, batch_major, True))
-    check_registered(backward_op, (dy, x, weight, r, s, needs, True, batch_major, False))
+    full, half = torch.float32, torch.float16
+    everything = (dy, x, weight, r, s, [True] * 5, False, full, batch_major, True)
+    check_registered(backward_op, everything)
+    check_registered(backward_op, (dy, x, weight, r, s, needs, True, full, batch_major, False))
+    dy, x, s = dy.half(), x.half(), s.half()  # weight, r and bias held in float32
+    check_registered(forward_op, (x, weight, r, s, bias, M, batch_major))
+    check_registered(backward_op, (dy, x, weight, r, s, needs, True, half, batch_major, False))
 
 
 def test_precision_follows_the_switch(monkeypatch, device):

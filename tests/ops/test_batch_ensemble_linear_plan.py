@@ -49,18 +49,22 @@ def problems(count):
         needs = Needs(*[draw.random() < 0.6 for _ in range(5)])
         has_r, has_s = flags[0], flags[1]
         needs = needs._replace(r=needs.r and has_r, s=needs.s and has_s)
-        yield Problem(M, B, I, O, arch, kind, flags[2], has_r, has_s, flags[3]), needs
+        exact = kind == "half" and any(needs[1:4]) and draw.random() < 0.5
+        yield Problem(M, B, I, O, arch, kind, flags[2], has_r, has_s, flags[3], exact), needs
 
 
 def test_never_slower_than_the_composition_by_its_own_estimate():
     for problem, needs in problems(500):
         chosen = plan.choose(problem, needs)
-        composed = COMPOSED if any(needs) else Plan("composed", "none")
+        composed = Plan(
+            "composed", "outer" if problem.exact else "composed" if any(needs) else "none"
+        )
         assert plan.estimate(problem, needs, chosen) <= plan.estimate(problem, needs, composed)
         if chosen.backward == "composed" and needs.s:
             assert chosen.forward == "composed"  # who else would keep z
         assert (chosen.backward == "none") == (not any(needs))
         assert chosen.backward != "H" or needs.x
+        assert not problem.exact or chosen.backward in ("G", "outer")
 
 
 def test_estimates_grow_with_the_problem():
@@ -71,11 +75,12 @@ def test_estimates_grow_with_the_problem():
     for problem, needs in problems(200):
         if problem.B < plan.ROWS:
             continue  # tiles of few examples run at another rate
-        for way in (FUSED, COMPOSED):
+        for way in (FUSED, Plan("fused", "G"), COMPOSED, Plan("composed", "outer")):
             us = plan.estimate(problem, needs, way)
             for letter in "MBIO":
                 larger = problem._replace(**{letter: 2 * getattr(problem, letter)})
                 assert plan.estimate(larger, needs, way) >= us
+        us = plan.estimate(problem, needs, COMPOSED)
         for name in Needs._fields:
             more = needs._replace(**{name: True})
             assert plan.estimate(problem, more, COMPOSED) >= us
@@ -127,7 +132,16 @@ def automatic(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "way", [FUSED, Plan("fused", "G"), Plan("composed", "H"), COMPOSED], ids=str
+    "way",
+    [
+        FUSED,
+        Plan("fused", "G"),
+        Plan("composed", "H"),
+        COMPOSED,
+        Plan("composed", "outer"),
+        Plan("fused", "outer"),
+    ],
+    ids=str,
 )
 def test_every_plan_computes_the_same(way, automatic, monkeypatch, device):
     monkeypatch.setattr(PAGE, "_chosen", lambda problem, needs: way)
@@ -178,6 +192,7 @@ def test_problem_is_read_off_the_arguments(automatic, monkeypatch, device):
     batch_ensemble_linear(x.flatten(0, 1), weight, r, layout="folded")
     batch_ensemble_linear(x[0].half(), weight.half(), r.half())
     batch_ensemble_linear(x[..., 1:], weight[:, 1:])
+    batch_ensemble_linear(x.half(), weight, r.requires_grad_())
     common = Problem(3, 7, 16, 32, 90, "ieee")
     assert problems == [
         common,
@@ -185,6 +200,7 @@ def test_problem_is_read_off_the_arguments(automatic, monkeypatch, device):
         common._replace(has_s=False),
         common._replace(kind="half", shared_x=True, has_s=False),
         common._replace(I=15, has_r=False, has_s=False),
+        common._replace(kind="half", has_s=False, exact=True),
     ]
     problems.clear()
     batch_ensemble_linear(x[..., :15].contiguous(), weight[:, :15])
