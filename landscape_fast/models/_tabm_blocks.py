@@ -1,0 +1,101 @@
+"""The blocks of a TabM and how they run, in fewer passes than module by module."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from landscape_fast.nn.dropout import relu_dropout
+from landscape_fast.nn.functional import check_count
+from landscape_fast.ops._checks import require
+from landscape_fast.ops.batch_ensemble_linear import batch_ensemble_linear
+
+
+class TabMBackbone(nn.Module):
+    """The blocks of k MLPs: [B, k, d_in], or shared [B, d_in] -> [B, k, d_block].
+
+    Args:
+        d_in, n_blocks, d_block, dropout, activation, k: see `TabM`.
+        linear: makes the layer of a block, `linear(in_features, out_features)`.
+        affine: a scale [k, d_in] in front of the first block, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_in: int,
+        n_blocks: int,
+        d_block: int,
+        dropout: float,
+        activation: str = "ReLU",
+        k: int,
+        linear: Callable[[int, int], nn.Module],
+        affine: nn.Module | None = None,
+    ):
+        super().__init__()
+        sizes = {"d_in": d_in, "n_blocks": n_blocks, "d_block": d_block, "k": k}
+        for name, value in sizes.items():
+            check_count("TabM", name, value)
+        kind = getattr(nn, activation, None)
+        require(kind is not None, "TabM", "activation", "a class of torch.nn", repr(activation))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(linear(d_in if i == 0 else d_block, d_block), kind(), nn.Dropout(dropout))
+            for i in range(n_blocks)
+        )
+        self.affine, self._k, self._d_block = affine, k, d_block
+
+    @property
+    def k(self) -> int:
+        """The number of members."""
+        return self._k
+
+    def get_original_output_shape(self) -> torch.Size:
+        """The shape of one member's output for one row."""
+        return torch.Size((self._d_block,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, k, d_in] or shared [B, d_in] -> [B, k, d_block]."""
+        return run_blocks(self.affine, self.blocks, x)
+
+
+def run_blocks(affine: nn.Module | None, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    """The blocks of a TabM, one after the other, in fewer passes where nobody can tell.
+
+    A scale in front of a shared `nn.Linear` becomes one product, and ReLU with dropout keeps one
+    activation; with hooks on the modules in question, each is called as it stands.
+    """
+    start = 0
+    if affine is not None:
+        x = x if x.ndim == 3 else x.unsqueeze(1)
+        first = blocks[0]
+        layer = first[0]
+        fusible = affine.bias is None and type(layer) is nn.Linear and x.is_floating_point()
+        if fusible and _is_plain_block(first) and not _hooked(affine, layer):
+            x = x[:, 0] if x.shape[1] == 1 else x
+            x = batch_ensemble_linear(
+                x, layer.weight, affine.weight, None, layer.bias, layout="batch_major"
+            )
+            x, start = relu_dropout(x, first[2].p, first[2].training), 1
+        else:
+            x = affine(x)
+    for block in blocks[start:] if start else blocks:
+        if _is_plain_block(block):
+            x = relu_dropout(block[0](x), block[2].p, block[2].training)
+        else:
+            x = block(x)
+    return x
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    """Whether it is (layer, ReLU, Dropout), and no hook sees what is between."""
+    if type(block) is not nn.Sequential or len(block) != 3:
+        return False
+    _, relu, dropout = block
+    plain = type(relu) is nn.ReLU and type(dropout) is nn.Dropout and 0 <= dropout.p < 1
+    return plain and not _hooked(block, relu, dropout)
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return _has_any_global_hook() or any(getattr(m, name) for m in modules for name in names)

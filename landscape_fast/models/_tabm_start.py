@@ -1,0 +1,118 @@
+"""What a TabM starts from, drawn in the order of the package `tabm`, and its input columns."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from landscape_fast.nn.functional import check_count
+from landscape_fast.ops._checks import require
+
+STARTS = ("random-signs", "normal")
+SCALINGS = (*STARTS, "ones")
+
+
+@torch.no_grad()
+def init_scaling_(
+    x: Tensor,
+    distribution: str,
+    chunks: Sequence[int] | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Fills a factor [..., D] with ones, random signs, or normal numbers of deviation 1.
+
+    Args:
+        x: changed in place and returned.
+        distribution: "ones", "random-signs" or "normal".
+        chunks: sizes that sum to D; the entries of a chunk share one value per leading index.
+        generator: draws; torch's global one by default.
+    """
+    op = "init_scaling_"
+    known = distribution in SCALINGS
+    require(known, op, "distribution", f"one of {SCALINGS}", repr(distribution))
+    if chunks is None:
+        return _draw_(x, distribution, generator)
+    require(distribution != "ones", op, "chunks", "None with distribution 'ones'", list(chunks))
+    fits = x.ndim > 0 and sum(chunks) == x.shape[-1]
+    rule = f"sizes that sum to the last dimension of {list(x.shape)}"
+    require(fits, op, "chunks", rule, list(chunks))
+    if x.is_meta:
+        return x
+    device = "cpu" if generator is None else generator.device
+    for part, size in zip(x.split(list(chunks), -1), chunks, strict=True):
+        if size:
+            part.copy_(
+                _draw_(torch.empty(*x.shape[:-1], 1, device=device), distribution, generator)
+            )
+    return x
+
+
+def _draw_(x: Tensor, distribution: str, generator: Generator | None) -> Tensor:
+    if distribution == "ones":
+        return x.fill_(1)
+    if distribution == "normal":
+        return x.normal_(generator=generator)
+    return x.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+@torch.no_grad()
+def reset_batch_ensemble_(layer: nn.Module, first, second, generator: Generator | None) -> None:
+    """New weight, r, s and a bias that all members start with.
+
+    Args:
+        layer: has weight [O, I], r [k, I], s [k, O] and bias [k, O] or None.
+        first: (distribution, chunks) of r; second: of s.
+    """
+    bound = layer.weight.shape[1] ** -0.5
+    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+    init_scaling_(layer.r, *first, generator)
+    init_scaling_(layer.s, *second, generator)
+    if layer.bias is not None:
+        one = torch.empty_like(layer.bias[0])
+        layer.bias.copy_(nn.init.uniform_(one, -bound, bound, generator=generator))
+
+
+def feature_sizes(n_num: int, cardinalities: Sequence[int], embeddings) -> list[int]:
+    """How many inputs of the first layer belong to each column of the table."""
+    require(n_num >= 0, "TabM", "n_num_features", "an integer of at least 0", n_num)
+    some = n_num > 0 or len(cardinalities) > 0
+    require(some, "TabM", "n_num_features and cat_cardinalities", "not both empty", "no column")
+    if embeddings is None:
+        return [1] * n_num + list(cardinalities)
+    require(n_num > 0, "TabM", "num_embeddings", "None without numerical columns", embeddings)
+    fits = callable(getattr(embeddings, "get_output_shape", None))
+    rule = "a module with get_output_shape() -> (n_num_features, d)"
+    require(fits, "TabM", "num_embeddings", rule, type(embeddings).__name__)
+    # Piecewise-linear embeddings of rtdl_num_embeddings in version "A" have linear0 = None.
+    version_b = getattr(embeddings, "linear0", embeddings) is not None
+    require(version_b, "TabM", "num_embeddings", 'of version "B"', "one without linear0")
+    shape = tuple(embeddings.get_output_shape())
+    fits = len(shape) == 2 and shape[0] == n_num
+    require(fits, "TabM", "num_embeddings", f"of output shape ({n_num}, d)", shape)
+    return [shape[1]] * n_num + list(cardinalities)
+
+
+class OneHot(nn.Module):
+    """int64 categories [N, columns] -> 0 and 1 [N, sum of the cardinalities].
+
+    Args:
+        cardinalities: number of categories of each column.
+
+    Example:
+        >>> OneHot([2, 3])(torch.tensor([[0, 0], [1, 2]]))
+        tensor([[1, 0, 1, 0, 0],
+                [0, 1, 0, 0, 1]])
+    """
+
+    def __init__(self, cardinalities: Sequence[int]):
+        super().__init__()
+        for size in cardinalities:
+            check_count("OneHot", "cardinalities", size)
+        self.cardinalities = tuple(cardinalities)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.one_hot(x[..., i], n) for i, n in enumerate(self.cardinalities)], -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.cardinalities}"
