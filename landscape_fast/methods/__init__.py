@@ -5,10 +5,12 @@ from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import DeepEnsemble, Trained, train_deep_ensemble
 from landscape_fast.methods.interrupt import TrainingInterrupted
 from landscape_fast.methods.optim import make_optimizer, param_groups
+from landscape_fast.methods.selection import Selection, select_members
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 
 __all__ = [
     "DeepEnsemble",
+    "Selection",
     "TrainConfig",
     "Trained",
     "TrainingInterrupted",
@@ -17,6 +19,7 @@ __all__ = [
     "make_optimizer",
     "param_groups",
     "predict",
+    "select_members",
     "train_batch_ensemble",
     "train_deep_ensemble",
 ]
