@@ -1,4 +1,4 @@
-"""MLP, SmallCNN and MediumCNN, each built from layer factories.
+"""MLP, LeNet, SmallCNN and MediumCNN, each built from layer factories.
 
 A factory is called as the plain layer would be, `linear(in_features, out_features)` and
 `conv(in_channels, out_channels, 3, padding=1)`, with `device` and `dtype`. With `nn.Linear` and
@@ -9,51 +9,18 @@ network maps a batch shared by the members, [B, ...], or one batch per member, [
 dimensions and keeps those in front.
 """
 
-from collections.abc import Callable
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from landscape_fast.models._network import Factory, Network
 from landscape_fast.nn.init import default_, xavier_
 from landscape_fast.ops._checks import require
 
-Factory = Callable[..., nn.Module]
 
-
-class _Network(nn.Module):
-    """Input checks and initial values, common to the networks below."""
-
-    def __init__(self, shape: tuple[int, ...], classes: int, dropout: float):
-        super().__init__()
-        op = type(self).__name__
-        sizes = all(isinstance(n, int) and n >= 1 for n in (*shape, classes))
-        got = f"shape {shape}, {classes} classes"
-        require(sizes, op, "the input shape and classes", "integers of at least 1", got)
-        require(0 <= dropout < 1, op, "dropout", "a probability in [0, 1)", dropout)
-        self.shape, self.classes = shape, classes
-        self.dropout = nn.Dropout(dropout)
-
-    def _check(self, x: Tensor) -> None:
-        """x is [B, *shape] or [M, B, *shape]."""
-        last = ", ".join(map(str, self.shape))
-        n = len(self.shape)
-        fits = x.ndim in (n + 1, n + 2) and tuple(x.shape[-n:]) == self.shape
-        rule = f"[B, {last}] or [M, B, {last}]"
-        require(fits, type(self).__name__, "x", rule, list(x.shape))
-
-    def _start(self, initialise: Callable, generator: Generator | None) -> None:
-        """New weights and biases by `initialise`, and new factors where a layer has some."""
-        for layer in self.modules():
-            weight = getattr(layer, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim > 1:  # no norms
-                initialise(weight, getattr(layer, "bias", None), generator)
-            if hasattr(layer, "reset_factors"):
-                layer.reset_factors(generator)
-
-
-class MLP(_Network):
+class MLP(Network):
     """Linear layers with ReLU (and dropout) between.
 
     Args:
@@ -111,7 +78,7 @@ class MLP(_Network):
         return x
 
 
-class _ConvNet(_Network):
+class _ConvNet(Network):
     """Blocks of conv 3x3 -> dropout -> maxpool 2, with ReLU between blocks; then a head.
 
     The pattern of the networks that Fort et al. 2019 (arXiv:1912.02757) call CNNs: "same" padding
@@ -228,6 +195,76 @@ class MediumCNN(_ConvNet):
         factory = {"device": device, "dtype": dtype}
         makers = (conv, linear, generator, factory)
         super().__init__(image, (64, 128, 256, 256), classes, dropout, 0, *makers)
+
+
+class LeNet(Network):
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max pooling.
+
+    Convolutions 5x5 without padding, each with ReLU and pooling 2x2, then linear layers with ReLU
+    between. Wenzel et al. 2020 (arXiv:2006.13570) use a LeNet without giving its sizes; the
+    defaults here are those of LeCun, with a dropout that can be switched on.
+
+    Args:
+        image: shape (C, H, W) of one image; 28 x 28 is padded to 32 x 32 as by LeCun.
+        classes: number of classes.
+        channels: of each convolution.
+        hidden: width of each hidden linear layer.
+        dropout: probability of zeroing a hidden unit, before each linear layer but the first.
+        conv: makes the convolutions, `linear` the linear layers; see the module's docstring.
+        generator: draws new initial values, uniform within 1 / sqrt(fan_in) as in `nn.Conv2d`;
+            without it the layers stay as the factories made them.
+        device: of the parameters; `dtype` likewise.
+
+    Example:
+        >>> LeNet((1, 28, 28))(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int] = (3, 32, 32),
+        classes: int = 10,
+        channels: tuple[int, ...] = (6, 16),
+        hidden: tuple[int, ...] = (120, 84),
+        dropout: float = 0.0,
+        *,
+        conv: Factory = nn.Conv2d,
+        linear: Factory = nn.Linear,
+        generator: Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(tuple(image), classes, dropout)
+        require(len(self.shape) == 3, "LeNet", "image", "the shape (C, H, W) of one image", image)
+        inputs, height, width = self.shape
+        padding = 2 if (height, width) == (28, 28) else 0
+        factory = {"device": device, "dtype": dtype}
+        self.convs = nn.ModuleList()
+        for outputs in channels:
+            self.convs.append(conv(inputs, outputs, 5, padding=padding, **factory))
+            height, width = ((n + 2 * padding - 4 + 1) // 2 for n in (height, width))
+            inputs, padding = outputs, 0
+        rule = f"large enough for {len(channels)} convolutions 5x5 without padding"
+        require(min(height, width) >= 1, "LeNet", "image", rule, self.shape)
+        widths = [inputs * height * width, *hidden, classes]
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.layers = nn.ModuleList(linear(i, o, **factory) for i, o in pairs)
+        if generator is not None:
+            self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """New initial values."""
+        self._start(default_, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, classes], or [M, B, classes] with layers that have members."""
+        self._check(x)
+        for conv in self.convs:
+            x = _halve(conv(x).relu())
+        x = self.layers[0](x.flatten(-3))
+        for layer in self.layers[1:]:
+            x = layer(self.dropout(x.relu()))
+        return x
 
 
 def _halve(x: Tensor) -> Tensor:

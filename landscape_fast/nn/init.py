@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 Initialiser = Callable[..., Tensor]
+_DEVIATION_OF_CUT_NORMAL = 0.87962566103423978  # of the standard normal, cut at -2 and 2
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,23 @@ def xavier_(weight: Tensor, bias: Tensor | None = None, generator: Generator | N
             bias.copy_(one[:, 0])
 
 
+def he_(weight: Tensor, bias: Tensor | None = None, generator: Generator | None = None):
+    """He normal, as Keras draws it, for the weight; zeros for the bias.
+
+    The normal distribution is cut at two of its deviations, and widened so that the deviation of
+    what is left is sqrt(2 / fan_in). The start of BatchEnsemble's residual networks.
+    """
+    cut = math.sqrt(2 / math.prod(weight.shape[1:])) / _DEVIATION_OF_CUT_NORMAL
+
+    def draw(t):
+        return nn.init.trunc_normal_(t, 0.0, cut, -2 * cut, 2 * cut, generator=generator)
+
+    _fill(weight, draw, generator)
+    if bias is not None:
+        with torch.no_grad():
+            bias.zero_()
+
+
 def first_only_(
     model: nn.Module,
     init: str | Initialiser = "random_sign",
@@ -157,6 +175,9 @@ def first_only_(
         for factor in (layer.r, layer.s):
             if factor is not None:
                 Ones()(factor)
+        if getattr(layer, "rank", 1) > 1:
+            with torch.no_grad():
+                layer.s[1:].zero_()  # as at the start: the further pairs add nothing yet
     init(first.r, generator)
     return model
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from landscape_fast.data import digits
-from landscape_fast.models import MLP, MediumCNN, SmallCNN
+from landscape_fast.models import MLP, LeNet, MediumCNN, SmallCNN
 from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, ensemble_layers
 from landscape_fast.testing import check_layer
 
@@ -27,8 +27,12 @@ def count(net):
 
 
 def test_parameter_counts():
-    """MediumCNN: the number its authors' notebook prints. SmallCNN and MLP: added by hand."""
+    """MediumCNN: the number its authors' notebook prints. LeNet: 61,706 for 32 x 32 grey pixels, as
+    commonly counted. SmallCNN and MLP: added by hand.
+    """
     assert count(MediumCNN()) == 971_146
+    assert count(LeNet((1, 28, 28))) == count(LeNet((1, 32, 32))) == 61_706
+    assert count(LeNet()) == 62_006
     body = 16 * 28 + 32 * (16 * 9 + 1) + 32 * (32 * 9 + 1)
     assert count(SmallCNN()) == body + 513 * 10
     assert count(SmallCNN(head="pool")) == body + 33 * 32 + 33 * 10
@@ -61,6 +65,21 @@ def test_cnns_are_what_the_paper_describes(image):
         torch.testing.assert_close(net(x), written_out(net, x, blocks))
 
 
+@pytest.mark.parametrize("image", [(1, 28, 28), (3, 32, 32), (2, 21, 19)])
+def test_lenet_is_what_lecun_describes(image):
+    """28 x 28 gets a border of 2; what is odd after a convolution is pooled with its edge."""
+    net = LeNet(image, classes=7, dtype=torch.float64)
+    x = y = torch.randn(B, *image, dtype=torch.float64)
+    y = F.pad(y, (2, 2, 2, 2)) if image[1] == 28 else y
+    for conv in net.convs:
+        y = F.conv2d(y, conv.weight, conv.bias).clamp_min(0)
+        y = F.max_pool2d(F.pad(y, (0, y.shape[-1] % 2, 0, y.shape[-2] % 2)), 2)
+    y = y.flatten(1)
+    for i, layer in enumerate(net.layers):
+        y = F.linear(y.clamp_min(0) if i else y, layer.weight, layer.bias)
+    torch.testing.assert_close(net(x), y)
+
+
 def test_mlp_is_linear_relu_linear():
     net = MLP((2, 3), hidden=(8, 5), classes=4)
     x = torch.randn(B, 2, 3)
@@ -86,6 +105,7 @@ NETS = [
     lambda **f: SmallCNN((1, 8, 8), **f),
     lambda **f: SmallCNN((1, 8, 8), head="pool", **f),
     lambda **f: MediumCNN((1, 8, 8), **f),
+    lambda **f: LeNet((1, 8, 8), channels=(6,), hidden=(9, 7), **f),
 ]
 PLAIN = {"conv": nn.Conv2d, "linear": nn.Linear}
 
@@ -195,8 +215,9 @@ def test_channels_last_reaches_the_head():
 @pytest.mark.parametrize(
     "make",
     [lambda: MLP((1, 8, 8), (64,), linear=factories(r_init="random_sign")["linear"])]
-    + [lambda: SmallCNN((1, 8, 8), **factories(r_init="random_sign"))],
-    ids=["MLP", "SmallCNN"],
+    + [lambda: SmallCNN((1, 8, 8), **factories(r_init="random_sign"))]
+    + [lambda: LeNet((1, 8, 8), channels=(16,), **factories(r_init="random_sign"))],
+    ids=["MLP", "SmallCNN", "LeNet"],
 )
 def test_members_learn_real_digits(make):
     """60 steps take every member past 80 % on unseen digits (seeds gave 85 to 96 %)."""
@@ -224,6 +245,8 @@ def test_members_learn_real_digits(make):
         (lambda: MLP(4, classes=0), "the input shape and classes must be integers of at least 1"),
         (lambda: MLP(4, dropout=1.0), r"MLP: dropout must be a probability in \[0, 1\); got 1.0"),
         (lambda: SmallCNN(head="mean"), "SmallCNN: head must be 'flatten' or 'pool'; got 'mean'"),
+        (lambda: LeNet((28, 28)), r"LeNet: image must be the shape \(C, H, W\) of one image; got"),
+        (lambda: LeNet((1, 8, 8)), r"LeNet: image must be large enough for 2 convolutions 5x5 wit"),
         (lambda: MediumCNN((32, 32)), r"MediumCNN: image must be the shape \(C, H, W\) of one im"),
         (
             lambda: MLP(4)(torch.zeros(2, 5)),

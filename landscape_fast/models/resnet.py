@@ -1,0 +1,208 @@
+"""Residual networks for small images, built from layer factories: one class, every variant.
+
+The factories `conv`, `linear` and `norm` are called as `nn.Conv2d`, `nn.Linear` and
+`nn.BatchNorm2d` would be; see `landscape_fast.models.small`. Between layers with members the rows
+of all members are one batch [M*B, ...], so that a plain norm normalises over all of them, and the
+first layer reads a batch that the members share without a copy per member.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from landscape_fast.models._network import Factory, Network, through
+from landscape_fast.nn.functional import check_count, tile_members
+from landscape_fast.nn.init import he_
+from landscape_fast.ops._checks import require
+
+ORDERS = ("post", "pre")
+SHORTCUTS = ("pad", "conv", "conv_norm")
+
+
+class ResNet(Network):
+    """Stem, three stages of blocks with two 3x3 convolutions each, mean over the image, head.
+
+    The stages have 16, 32 and 64 channels times `width`; the second and the third halve the image.
+    Depth, as papers count it: 6 * blocks + 2; wide networks count 6 * blocks + 4.
+
+    Args:
+        image: shape (C, H, W) of one image.
+        classes: number of classes.
+        blocks: per stage.
+        width: multiplies the channels of the stages, not the 16 of the stem.
+        order: "post": conv, norm, ReLU, conv, norm, then the sum and a ReLU (He et al. 2015);
+            "pre": norm, ReLU, conv, norm, ReLU, conv, then the sum, and one norm and ReLU before
+            the head (He et al. 2016, Zagoruyko and Komodakis 2016).
+        shortcut: where a block changes the shape. "pad": every second pixel, and zeros for the new
+            channels (He et al. 2015, option A); "conv": a 1x1 convolution; "conv_norm": and a norm.
+            With order "pre" the convolution reads what the first ReLU returns, as in Zagoruyko's
+            code. It comes from the factory as all others do.
+        conv_bias: what the convolutions get as `bias`: False, True, or "shared" for layers with
+            members.
+        dropout: probability of zeroing an activation between the two convolutions of a block.
+        conv: makes the convolutions, `linear` the head, `norm` the norms. For norms with members
+            pass a factory of `nn.EnsembleBatchNorm2d`; by default members share them.
+        generator: draws the initial values: He normal for weights, 0 for biases.
+        device: of the parameters; `dtype` likewise.
+
+    With plain layers the network maps [B, C, H, W] to [B, classes]. With layers that have members,
+    a batch shared by them [B, C, H, W], or one batch per member [M, B, C, H, W], to
+    [M, B, classes].
+
+    Source: He et al. 2015 (arXiv:1512.03385) and 2016 (arXiv:1603.05027), Zagoruyko and Komodakis
+    2016 (arXiv:1605.07146).
+
+    Example:
+        >>> from functools import partial
+        >>> from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear
+        >>> members = {"members": 4, "r_init": "normal", "s_init": "normal"}
+        >>> net = ResNet(
+        ...     blocks=1,
+        ...     conv=partial(BatchEnsembleConv2d, **members),
+        ...     linear=partial(BatchEnsembleLinear, **members),
+        ... )
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([4, 2, 10])
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int] = (3, 32, 32),
+        classes: int = 10,
+        blocks: int = 3,
+        width: int = 1,
+        order: str = "post",
+        shortcut: str = "conv_norm",
+        conv_bias: bool | str = False,
+        dropout: float = 0.0,
+        *,
+        conv: Factory = nn.Conv2d,
+        linear: Factory = nn.Linear,
+        norm: Factory = nn.BatchNorm2d,
+        generator: Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        op, shape = "ResNet", tuple(image)
+        super().__init__(shape, classes, dropout)
+        require(len(shape) == 3, op, "image", "the shape (C, H, W) of one image", shape)
+        check_count(op, "blocks", blocks)
+        check_count(op, "width", width)
+        require(order in ORDERS, op, "order", f"one of {ORDERS}", repr(order))
+        require(shortcut in SHORTCUTS, op, "shortcut", f"one of {SHORTCUTS}", repr(shortcut))
+        self.order = order
+        factory = {"device": device, "dtype": dtype}
+
+        def make_conv(inputs, outputs, kernel_size, stride=1):
+            padding = kernel_size // 2
+            options = {"stride": stride, "padding": padding, "bias": conv_bias, **factory}
+            return conv(inputs, outputs, kernel_size, **options)
+
+        def make_norm(channels):
+            return norm(channels, **factory)
+
+        self.stem = make_conv(shape[0], 16, 3)
+        channels = 16
+        self.blocks = nn.ModuleList()
+        for stage in range(3):
+            for block in range(blocks):
+                outputs, stride = 16 * width * 2**stage, 2 if stage and not block else 1
+                sizes = (channels, outputs, stride)
+                self.blocks.append(_Block(sizes, order, shortcut, dropout, make_conv, make_norm))
+                channels = outputs
+        self.norm = make_norm(16 if order == "post" else channels)
+        self.head = linear(channels, classes, **factory)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """New initial values; norms stay as they are."""
+        self._start(he_, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, classes], or [M, B, classes] with layers that have members."""
+        self._check(x)
+        members = 0
+        if x.ndim == 5:
+            members, x = x.shape[0], x.flatten(0, 1)
+        x, members = through(self.stem, x, members)
+        if self.order == "post":
+            x, members = through(self.norm, x, members)
+            x = x.relu()
+        for block in self.blocks:
+            x, members = block(x, members)
+        if self.order == "pre":
+            x, members = through(self.norm, x, members)
+            x = x.relu()
+        x, members = through(self.head, x.mean((-2, -1)), members)
+        return x.unflatten(0, (members, x.shape[0] // members)) if members else x
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions around a shortcut; maps folded rows, and how many members they have."""
+
+    def __init__(self, sizes, order, shortcut, dropout, make_conv, make_norm):
+        super().__init__()
+        inputs, outputs, stride = sizes
+        self.order, self.stride, self.added = order, stride, outputs - inputs
+        self.conv1 = make_conv(inputs, outputs, 3, stride)
+        self.norm1 = make_norm(inputs if order == "pre" else outputs)
+        self.conv2 = make_conv(outputs, outputs, 3)
+        self.norm2 = make_norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        changes = inputs != outputs or stride != 1
+        projects = changes and shortcut != "pad"
+        self.shortcut = make_conv(inputs, outputs, 1, stride) if projects else None
+        normalised = projects and shortcut == "conv_norm"
+        self.shortcut_norm = make_norm(outputs) if normalised else None
+
+    def forward(self, x: Tensor, members: int) -> tuple[Tensor, int]:
+        kept, before = x, members
+        if self.order == "pre":
+            x, members = through(self.norm1, x, members)
+            x = x.relu()
+            if self.shortcut is not None:
+                kept, before = x, members
+            x, members = through(self.conv1, x, members)
+            x, members = through(self.norm2, x, members)
+            x, members = through(self.conv2, self.dropout(x.relu()), members)
+        else:
+            x, members = through(self.conv1, x, members)
+            x, members = through(self.norm1, x, members)
+            x, members = through(self.conv2, self.dropout(x.relu()), members)
+            x, members = through(self.norm2, x, members)
+        kept, before = self._shorten(kept, before)
+        if before != members:  # the first layer with members is in one of the two branches
+            x = x if members else tile_members(x, before)
+            kept = kept if before else tile_members(kept, members)
+        x = x + kept
+        return (x if self.order == "pre" else x.relu()), max(members, before)
+
+    def _shorten(self, x: Tensor, members: int) -> tuple[Tensor, int]:
+        if self.shortcut is not None:
+            x, members = through(self.shortcut, x, members)
+            return through(self.shortcut_norm, x, members) if self.shortcut_norm else (x, members)
+        if self.stride != 1:
+            x = x[..., :: self.stride, :: self.stride]
+        return (F.pad(x, (0, 0, 0, 0, 0, self.added)) if self.added else x), members
+
+
+def resnet20(image: tuple[int, int, int] = (3, 32, 32), classes: int = 10, **options) -> ResNet:
+    """ResNet-20 for CIFAR (He et al. 2015): 272,474 parameters for CIFAR-10.
+
+    With shortcut="pad" it has 269,722, the network of that paper; with conv_bias=True and
+    shortcut="conv" 273,066, the network of the Keras examples. `options` are those of `ResNet`.
+
+    Example:
+        >>> sum(p.numel() for p in resnet20().parameters())
+        272474
+    """
+    return ResNet(image, classes, blocks=3, **{"order": "post", "shortcut": "conv_norm", **options})
+
+
+def wrn_28_10(image: tuple[int, int, int] = (3, 32, 32), classes: int = 10, **options) -> ResNet:
+    """WRN-28-10 (Zagoruyko and Komodakis 2016): 36,479,194 parameters for CIFAR-10.
+
+    `options` are those of `ResNet`.
+    """
+    fixed = {"blocks": 4, "width": 10, "order": "pre", "shortcut": "conv"}
+    return ResNet(image, classes, **{**fixed, **options})
