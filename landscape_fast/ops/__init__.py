@@ -5,6 +5,10 @@ One page per op: docstring, checks, reference, autograd, registration.
 """
 
 from landscape_fast.ops._hyper_batch_l2 import hyper_batch_l2, hyper_batch_l2_reference
+from landscape_fast.ops.batch_ensemble_conv2d import (
+    batch_ensemble_conv2d,
+    batch_ensemble_conv2d_reference,
+)
 from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear,
     batch_ensemble_linear_reference,
@@ -28,6 +32,8 @@ from landscape_fast.ops.pairwise_divergence import (
 
 __all__ = [
     "EnsembleSummary",
+    "batch_ensemble_conv2d",
+    "batch_ensemble_conv2d_reference",
     "batch_ensemble_linear",
     "batch_ensemble_linear_reference",
     "combine",

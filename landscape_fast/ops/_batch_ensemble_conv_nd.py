@@ -1,0 +1,66 @@
+"""BatchEnsemble convolutions of one to three dimensions: checks, layouts, the library path."""
+
+from math import prod
+
+from torch import Tensor
+
+from landscape_fast.ops import _batch_ensemble_conv_ways as ways
+from landscape_fast.ops._batch_ensemble_conv2d_plan import composed_plan
+from landscape_fast.ops._batch_ensemble_conv_autograd import composed
+from landscape_fast.ops._batch_ensemble_conv_checks import (
+    Conv,
+    check,
+    check_types,
+    geometry,
+    output_size,
+)
+from landscape_fast.ops._dispatch import autocast_input, transforming
+
+
+def prepare(
+    op: str,
+    tensors: tuple,
+    options: tuple,
+    layout: str,
+    activation: str | None,
+) -> tuple[tuple, int, Conv]:
+    """Checks everything; returns the tensors with x as [M or 1, B, I, *pixels], M, and the options.
+
+    Args:
+        tensors: x, weight, r, s, bias.
+        options: stride, padding, dilation, groups, padding_mode, output_padding, transposed.
+    """
+    check_types(op, *tensors)
+    x, weight, *rest = autocast_input(*tensors)
+    conv = geometry(op, tuple(weight.shape[2:]), *options)
+    members = check(op, x, weight, *rest, conv, layout, activation)
+    if layout == "folded":
+        x = x.unflatten(0, (members, x.shape[0] // members))
+    elif x.ndim == weight.ndim:
+        x = x.unsqueeze(0)
+    return (x, weight, *rest), members, conv
+
+
+def by_library(tensors: tuple, members: int, conv: Conv, activation: str | None) -> Tensor:
+    """[M, B, O, *pixels] by library calls, in the quicker way."""
+    x, weight, r = tensors[:3]
+    if transforming() or x.numel() == 0:
+        return ways.definition(*tensors, members, conv, activation)
+    pixels = tuple(x.shape[3:])
+    if not conv.transposed:
+        pixels = output_size(pixels, tuple(weight.shape[2:]), conv)
+    products = x.shape[1] * prod(pixels) * weight.numel()
+    alone = x.shape[0] == 1 and r is None
+    plan = composed_plan(members, products, alone)
+    return composed(*tensors, members, conv, activation, plan)
+
+
+def as_image(tensors: tuple, conv: Conv) -> tuple[tuple, Conv]:
+    """A convolution in one dimension as one in two, of images of one row."""
+    x, weight, *rest = tensors
+    before = (*conv.before, 0, 0) if conv.before else ()
+    wide = Conv(
+        (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation), conv.groups,
+        output_padding=(0, 0), before=before, mode=conv.mode,
+    )  # fmt: skip
+    return (x.unsqueeze(-2), weight.unsqueeze(-2), *rest), wide

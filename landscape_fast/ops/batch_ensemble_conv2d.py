@@ -1,0 +1,110 @@
+"""A convolution of M members that share one weight up to rank-one factors (BatchEnsemble)."""
+
+from torch import Tensor
+
+from landscape_fast.ops import _batch_ensemble_conv_ways as ways
+from landscape_fast.ops._batch_ensemble_conv_checks import Conv
+from landscape_fast.ops._batch_ensemble_conv_nd import by_library, prepare
+from landscape_fast.ops._dispatch import KERNEL_DTYPES, declare, pick
+
+OP = "batch_ensemble_conv2d"
+
+declare(OP, triton=KERNEL_DTYPES)
+
+
+def batch_ensemble_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor | None = None,
+    s: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    layout: str = "member_major",
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""M convolutions that share one weight and differ by a rank-1 factor each.
+
+    .. math:: y_m = s_m \circ \mathrm{conv}(x_m \circ r_m, W) + b_m
+
+    Both factors scale whole channels, so this equals a convolution with the weight
+    `weight * s[m, o] * r[m, i]` for every stride, padding, dilation and number of groups.
+
+    Args:
+        x: [M, B, I, H, W], or [B, I, H, W] shared by all members; [M*B, I, H, W] with members in
+            consecutive rows for the folded layout. Channels-last memory is kept.
+        weight: [O, I / groups, kh, kw]. Like all that follows of the dtype of `x`, or float32
+            where `x` has 16 bits: then it is rounded for the products, and its gradient is not.
+        r: [M, I] or None.
+        s: [M, O] or None.
+        bias: [M, O], or [O] shared by all members, or None.
+        stride: as in `torch.nn.functional.conv2d`, and so `dilation` and `groups`.
+        padding: numbers, "same" (stride 1 only) or "valid".
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        layout: "member_major" or "folded".
+        activation: None, or "relu" on the result.
+        backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`. On CUDA tensors
+            "auto" takes, for each shape, what is expected to be quicker: the Triton kernels, or the
+            composition of library calls that "torch" names.
+
+    Returns:
+        [M, B, O, H', W'], or [M*B, O, H', W'] for the folded layout, in the dtype of `x` (of
+        autocast where it is on).
+
+    Raises:
+        TypeError: if an argument is not a tensor.
+        ValueError: if shapes, dtypes, devices or options disagree, nothing tells M, or the backend
+            cannot run here.
+
+    Cost: one convolution of M*B images, and at most one pass over its input and output for the
+        factors. A shared `x` without `r` is convolved once, for all members. Of the activations
+        `x` alone is kept for the backward. Differentiable to any order.
+
+    Source: Wen et al. 2020 (arXiv:2002.06715).
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1, 1, 2, 2)  # one image, shared by two members
+        >>> s = torch.tensor([[1.0], [-2.0]])
+        >>> batch_ensemble_conv2d(x, torch.ones(1, 1, 2, 2), s=s).flatten()
+        tensor([ 4., -8.])
+    """
+    options = (stride, padding, dilation, groups, padding_mode, (0, 0), False)
+    tensors, members, conv = prepare(OP, (x, weight, r, s, bias), options, layout, activation)
+    y = run_images(tensors, members, conv, activation, backend)
+    return y.flatten(0, 1) if layout == "folded" else y
+
+
+def batch_ensemble_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor | None = None,
+    s: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    layout: str = "member_major",
+    activation: str | None = None,
+) -> Tensor:
+    """The definition: every backend is tested against this, run in float64."""
+    options = (stride, padding, dilation, groups, padding_mode, (0, 0), False)
+    tensors, members, conv = prepare(OP, (x, weight, r, s, bias), options, layout, activation)
+    y = ways.definition(*tensors, members, conv, activation)
+    return y.flatten(0, 1) if layout == "folded" else y
+
+
+def run_images(
+    tensors: tuple, members: int, conv: Conv, activation: str | None, backend: str = "auto"
+) -> Tensor:
+    """[M, B, O, *pixels] of checked tensors, x as [M or 1, B, I, H, W]."""
+    pick(OP, backend, tensors[0])
+    return by_library(tensors, members, conv, activation)
