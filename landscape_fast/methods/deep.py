@@ -1,15 +1,17 @@
 """Deep ensembles: M networks trained independently, each from its own random start."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from landscape_fast.landscape.diversity import Diagnosis
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.trainer import History, fit
+from landscape_fast.nn.ensemble import DeepEnsemble
 from landscape_fast.ops._checks import require
 
 
@@ -19,31 +21,17 @@ class Trained(NamedTuple):
     Attributes:
         model: maps rows [B, ...] to logits [M, B, C]; in evaluation mode.
         histories: one per training run: M for a deep ensemble, one for a BatchEnsemble.
+        diversity: how the members differ, where the method measures it.
     """
 
     model: nn.Module
     histories: list[History]
+    diversity: Diagnosis | None = None
 
     @property
     def seconds(self) -> list[float]:
         """Seconds of training of each run, over all its epochs, without evaluation."""
         return [sum(epoch["seconds"] for epoch in history) for history in self.histories]
-
-
-class DeepEnsemble(nn.Module):
-    """M networks behind one call: rows [B, ...] to logits [M, B, C].
-
-    Args:
-        members: networks that map [B, ...] to [B, C].
-    """
-
-    def __init__(self, members: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        require(len(self.members) >= 1, "DeepEnsemble", "members", "at least one network", 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([member(x) for member in self.members])
 
 
 def train_deep_ensemble(

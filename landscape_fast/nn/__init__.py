@@ -1,21 +1,62 @@
 """Layers whose weights hold several models, and conversion of existing networks to them."""
 
-from landscape_fast.nn.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
-from landscape_fast.nn.convert import FoldedEnsemble, convert_, ensemble_layers
-from landscape_fast.nn.functional import batch_ensemble_conv2d, split_members, tile_members
+from landscape_fast.nn.attention import BatchEnsembleMultiheadAttention
+from landscape_fast.nn.batch_ensemble import BatchEnsembleLinear
+from landscape_fast.nn.batch_ensemble_conv import (
+    BatchEnsembleConv1d,
+    BatchEnsembleConv2d,
+    BatchEnsembleConv3d,
+    BatchEnsembleConvTranspose1d,
+    BatchEnsembleConvTranspose2d,
+    BatchEnsembleConvTranspose3d,
+)
+from landscape_fast.nn.convert import convert_
+from landscape_fast.nn.ensemble import (
+    DeepEnsemble,
+    FoldedEnsemble,
+    ensemble_layers,
+    extract_member,
+    to_deep_ensemble,
+)
+from landscape_fast.nn.functional import (
+    batch_ensemble_conv,
+    batch_ensemble_conv2d,
+    split_members,
+    tile_members,
+)
 from landscape_fast.nn.init import Normal, Ones, RandomSign, first_only_
+from landscape_fast.nn.norm import (
+    EnsembleBatchNorm1d,
+    EnsembleBatchNorm2d,
+    EnsembleBatchNorm3d,
+    EnsembleLayerNorm,
+)
 
 __all__ = [
+    "BatchEnsembleConv1d",
     "BatchEnsembleConv2d",
+    "BatchEnsembleConv3d",
+    "BatchEnsembleConvTranspose1d",
+    "BatchEnsembleConvTranspose2d",
+    "BatchEnsembleConvTranspose3d",
     "BatchEnsembleLinear",
+    "BatchEnsembleMultiheadAttention",
+    "DeepEnsemble",
+    "EnsembleBatchNorm1d",
+    "EnsembleBatchNorm2d",
+    "EnsembleBatchNorm3d",
+    "EnsembleLayerNorm",
     "FoldedEnsemble",
     "Normal",
     "Ones",
     "RandomSign",
+    "batch_ensemble_conv",
     "batch_ensemble_conv2d",
     "convert_",
     "ensemble_layers",
+    "extract_member",
     "first_only_",
     "split_members",
     "tile_members",
+    "to_deep_ensemble",
 ]

@@ -1,8 +1,9 @@
 """What the BatchEnsemble layers share: their parameters, how they start, conversion, members."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
@@ -14,8 +15,9 @@ from landscape_fast.ops._checks import message, require
 class RankOneLayer(nn.Module):
     """A shared weight, factors r [M, I] and s [M, O], a bias [M, O] or [O]; each but one optional.
 
-    A subclass names the plain layer it stands for (`_plain`), its layouts, and reads the sizes and
-    options of a plain layer (`_arguments`).
+    With rank K > 1 the factors are r [K, M, I] and s [K, M, O], and the outputs for the K pairs are
+    added up. A subclass names the plain layer it stands for (`_plain`), its layouts, and reads the
+    sizes and options of a plain layer (`_arguments`).
     """
 
     _plain: type[nn.Module]
@@ -35,6 +37,8 @@ class RankOneLayer(nn.Module):
         layout: str,
         scales: tuple[bool, bool],
         initialisers: tuple,
+        rank: int,
+        activation: str | None,
         factory: dict,
     ) -> None:
         """Checks the options and registers parameters, with values still to come.
@@ -56,7 +60,10 @@ class RankOneLayer(nn.Module):
         remedy = f"use nn.{self._plain.__name__} where members do not differ"
         given = f"r=False, s=False, bias={bias!r}"
         require(any(scales) or per_member, op, "r, s or bias", "True, per member", given, remedy)
-        self.members, self.layout = members, layout
+        check_count(op, "rank", rank)
+        require(rank == 1 or all(scales), op, "rank", "1 where r or s is left out", rank)
+        require(activation in (None, "relu"), op, "activation", "None or 'relu'", repr(activation))
+        self.members, self.layout, self.rank, self.activation = members, layout, rank, activation
         self.r_init = init.resolve(op, "r_init", initialisers[0])
         self.s_init = init.resolve(op, "s_init", initialisers[1])
 
@@ -64,9 +71,10 @@ class RankOneLayer(nn.Module):
             return Parameter(torch.empty(sizes, **factory)) if wanted else None
 
         sizes = (members, features[1]) if per_member else (features[1],)
+        rows = (members,) if rank == 1 else (rank, members)
         self.weight = parameter(True, *shape)
-        self.register_parameter("r", parameter(scales[0], members, features[0]))
-        self.register_parameter("s", parameter(scales[1], members, features[1]))
+        self.register_parameter("r", parameter(scales[0], *rows, features[0]))
+        self.register_parameter("s", parameter(scales[1], *rows, features[1]))
         self.register_parameter("bias", parameter(bias, *sizes))
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
@@ -74,26 +82,43 @@ class RankOneLayer(nn.Module):
         init.default_(self.weight, self.bias, generator)
         self.reset_factors(generator)
 
+    @torch.no_grad()
     def reset_factors(self, generator: Generator | None = None) -> None:
-        """New r and s, by `r_init` and `s_init`; the weight and the bias stay."""
-        for factor, initialise in ((self.r, self.r_init), (self.s, self.s_init)):
-            if factor is not None and not factor.is_meta:
-                with torch.no_grad():
-                    initialise(factor, generator)
+        """New r and s, by `r_init` and `s_init`; the weight and the bias stay.
+
+        With rank K > 1 all of r is drawn and the first s; the others are zero, so that the layer
+        starts as the one of rank 1 and the variance of its outputs does not grow with K.
+        """
+        if self.r is not None and not self.r.is_meta:
+            self.r_init(self.r, generator)
+        if self.s is not None and not self.s.is_meta:
+            self.s_init(self.s if self.rank == 1 else self.s[0], generator)
+            if self.rank > 1:
+                self.s[1:].zero_()
 
     def fast_parameters(self) -> list[Parameter]:
         """The factors; `landscape_fast.methods.param_groups` gives them their own settings."""
         return [factor for factor in (self.r, self.s) if factor is not None]
+
+    def _summed(self, call: Callable[..., Tensor]) -> Tensor:
+        """`call(r, s, bias, activation)`, or its sum over the K pairs and then the activation."""
+        if self.rank == 1:
+            return call(self.r, self.s, self.bias, self.activation)
+        y = call(self.r[0], self.s[0], self.bias, None)
+        for r, s in zip(self.r[1:], self.s[1:], strict=True):
+            y = y + call(r, s, None, None)
+        return y if self.activation is None else F.relu(y)
 
     @classmethod
     def _from(
         cls,
         layer: nn.Module,
         members: int,
-        bias: bool | str,
-        generator: Generator | None,
-        tie: bool,
-        options: dict,
+        *,
+        bias: bool | str = True,
+        generator: Generator | None = None,
+        tie: bool = False,
+        **options,
     ) -> "RankOneLayer":
         """An ensemble with the weight and bias of `layer`: copies, or with `tie` the Parameters."""
         op, plain = cls.__name__, cls._plain.__name__
@@ -122,15 +147,19 @@ class RankOneLayer(nn.Module):
     @torch.no_grad()
     def _member(self, plain: nn.Module, i: int) -> nn.Module:
         """Gives `plain`, made on the meta device, copies of what member i has."""
-        rule = f"an integer from 0 to {self.members - 1}"
-        ok = isinstance(i, int) and 0 <= i < self.members
-        require(ok, f"{type(self).__name__}.member", "i", rule, repr(i))
-        r, s = (None if factor is None else factor[i] for factor in (self.r, self.s))
-        merged = merged_weight(self.weight, r, s, getattr(self, "groups", 1))
+        check_member(type(self).__name__, i, self.members)
+        r, s = (None if f is None else f[..., i, :] for f in (self.r, self.s))
+        merged = self._merged(r, s) if self.rank == 1 else sum(map(self._merged, r, s))
         plain.weight = Parameter(merged, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             plain.bias = _copied(self.bias[i] if self.bias.ndim == 2 else self.bias, self.bias)
+        if self.activation is not None:
+            plain = nn.Sequential(plain, nn.ReLU())
         return plain.train(self.training)
+
+    def _merged(self, r: Tensor | None, s: Tensor | None) -> Tensor:
+        """The weight of one member for one pair of factors, r [I] and s [O]."""
+        return merged_weight(self.weight, r, s, getattr(self, "groups", 1))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Also takes the bias [O] of a plain layer: it becomes the bias of every member."""
@@ -145,7 +174,17 @@ class RankOneLayer(nn.Module):
         for name in "rs":
             used, start = getattr(self, name) is not None, getattr(self, f"{name}_init")
             parts.append(f"{name}_init={start}" if used else f"{name}=False")
+        if self.rank > 1:
+            parts.append(f"rank={self.rank}")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
         return ", ".join(parts)
+
+
+def check_member(op: str, i: int, members: int) -> None:
+    """i counts the members from 0."""
+    ok = isinstance(i, int) and not isinstance(i, bool) and 0 <= i < members
+    require(ok, f"{op}.member", "i", f"an integer from 0 to {members - 1}", repr(i))
 
 
 def _copied(values: Tensor, like: Parameter) -> Parameter:

@@ -4,12 +4,12 @@ import fnmatch
 import logging
 from collections.abc import Iterable, Sequence
 
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 from torch.nn.utils import parametrize
 
-from landscape_fast.nn._rank_one import RankOneLayer
-from landscape_fast.nn.batch_ensemble import BatchEnsembleConv2d, BatchEnsembleLinear
-from landscape_fast.nn.functional import check_count, split_members, tile_members
+from landscape_fast.nn.batch_ensemble import BatchEnsembleLinear
+from landscape_fast.nn.batch_ensemble_conv import BatchEnsembleConv2d
+from landscape_fast.nn.functional import check_count
 from landscape_fast.nn.init import Initialiser
 from landscape_fast.ops._checks import message, require
 
@@ -81,6 +81,7 @@ def convert_(
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> model = convert_(model, members=4, exclude="2", r_init="random_sign")
+        >>> from landscape_fast.nn import ensemble_layers
         >>> list(ensemble_layers(model)), model(torch.zeros(5, 8)).shape
         (['0'], torch.Size([4, 5, 3]))
     """
@@ -100,47 +101,6 @@ def convert_(
     for layer, lineage in chosen.items():
         _LOG.info("%s: %s", lineage[0][0] or "model", made[layer])
     return made.get(model, model)
-
-
-def ensemble_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of `model` that have members, by qualified name; a shared one appears once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, RankOneLayer)}
-
-
-class FoldedEnsemble(nn.Module):
-    """A network of folded layers as a map from a shared batch [B, ...] to [M, B, ...].
-
-    It copies the batch once per member, in front of the network, so every module in between sees
-    ordinary [M*B, ...] input. Batch normalisation then takes its statistics over all members.
-
-    Args:
-        model: maps [M*B, ...], the rows of a member together, to one tensor [M*B, ...].
-        members: M.
-
-    Example:
-        >>> import torch
-        >>> cnn = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3))
-        >>> ensemble = FoldedEnsemble(convert_(cnn, members=4, layout="folded"), members=4)
-        >>> ensemble(torch.zeros(2, 1, 8, 8)).shape
-        torch.Size([4, 2, 3])
-    """
-
-    def __init__(self, model: nn.Module, members: int):
-        super().__init__()
-        check_count("FoldedEnsemble", "members", members)
-        for name, layer in ensemble_layers(model).items():
-            fits = layer.layout == "folded" and layer.members == members
-            got = f"layout={layer.layout!r}, members={layer.members}"
-            rule = f"folded, with {members} members"
-            require(fits, "FoldedEnsemble", f"layer {name!r} of model", rule, got)
-        self.model, self.members = model, members
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [M, B, ...]."""
-        return split_members(self.model(tile_members(x, self.members)), self.members)
-
-    def extra_repr(self) -> str:
-        return f"members={self.members}"
 
 
 def _items(argument: str, selection: Selection) -> tuple[str | type[nn.Module], ...] | None:
