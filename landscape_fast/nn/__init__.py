@@ -11,6 +11,7 @@ from landscape_fast.nn.batch_ensemble_conv import (
     BatchEnsembleConvTranspose3d,
 )
 from landscape_fast.nn.convert import convert_
+from landscape_fast.nn.dropout import ReLUDropout, relu_dropout
 from landscape_fast.nn.ensemble import (
     DeepEnsemble,
     FoldedEnsemble,
@@ -24,7 +25,15 @@ from landscape_fast.nn.functional import (
     split_members,
     tile_members,
 )
+from landscape_fast.nn.hyper_batch import (
+    HyperBatchConv2d,
+    HyperBatchLinear,
+    HyperBatchNetwork,
+    HyperEmbedding,
+    LambdaDistribution,
+)
 from landscape_fast.nn.init import Normal, Ones, RandomSign, first_only_
+from landscape_fast.nn.members import MemberLinear, MemberScale, member_linear
 from landscape_fast.nn.norm import (
     EnsembleBatchNorm1d,
     EnsembleBatchNorm2d,
@@ -47,15 +56,25 @@ __all__ = [
     "EnsembleBatchNorm3d",
     "EnsembleLayerNorm",
     "FoldedEnsemble",
+    "HyperBatchConv2d",
+    "HyperBatchLinear",
+    "HyperBatchNetwork",
+    "HyperEmbedding",
+    "LambdaDistribution",
+    "MemberLinear",
+    "MemberScale",
     "Normal",
     "Ones",
     "RandomSign",
+    "ReLUDropout",
     "batch_ensemble_conv",
     "batch_ensemble_conv2d",
     "convert_",
     "ensemble_layers",
     "extract_member",
     "first_only_",
+    "member_linear",
+    "relu_dropout",
     "split_members",
     "tile_members",
     "to_deep_ensemble",

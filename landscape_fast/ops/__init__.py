@@ -19,6 +19,10 @@ from landscape_fast.ops.ensemble_summary import (
     ensemble_summary,
     ensemble_summary_reference,
 )
+from landscape_fast.ops.hyper_batch_conv2d import (
+    hyper_batch_conv2d,
+    hyper_batch_conv2d_reference,
+)
 from landscape_fast.ops.hyper_batch_linear import (
     hyper_batch_linear,
     hyper_batch_linear_reference,
@@ -40,6 +44,8 @@ __all__ = [
     "combine_reference",
     "ensemble_summary",
     "ensemble_summary_reference",
+    "hyper_batch_conv2d",
+    "hyper_batch_conv2d_reference",
     "hyper_batch_l2",
     "hyper_batch_l2_reference",
     "hyper_batch_linear",

@@ -1,91 +1,102 @@
-"""What the hyper-batch ops share: their checks, the number of members, and products in float32."""
+"""What the hyper-batch ops share: their arguments, checks, layouts and dtypes."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
+from landscape_fast.ops._checks import check_tensor, message
 
 HALVES = (torch.bfloat16, torch.float16)
-ARGUMENTS = ("x", "weight", "delta", "e", "r", "s", "u", "v", "bias", "delta_bias", "e_bias")
-REQUIRED = ("x", "weight", "delta", "e")
 
 
-def check_types(op: str, tensors: dict[str, Tensor | None]) -> None:
+class Inputs(NamedTuple):
+    """The arguments of a hyper-batch op, or something for each of them."""
+
+    x: Tensor
+    weight: Tensor
+    delta: Tensor
+    e: Tensor
+    r: Tensor | None = None
+    s: Tensor | None = None
+    u: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    delta_bias: Tensor | None = None
+    e_bias: Tensor | None = None
+
+
+REQUIRED = Inputs._fields[:4]
+PARAMETERS = ("weight", "delta", "r", "s", "u", "v", "bias", "delta_bias")
+
+
+def check_types(op: str, t: Inputs) -> None:
     """TypeError unless every argument is a tensor, or None where it may be left out."""
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor) and (t is not None or name in REQUIRED):
-            raise TypeError(message(op, name, "a Tensor", type(t).__name__))
+    for name, value in t._asdict().items():
+        if not isinstance(value, Tensor) and (value is not None or name in REQUIRED):
+            raise TypeError(message(op, name, "a Tensor", type(value).__name__))
 
 
-def check_fits(
-    op: str, name: str, t: Tensor, letters: str, sizes: tuple[int | None, ...], x: Tensor
-) -> None:
-    """Shape, device, and the dtype of x, or float32 beside a 16-bit x."""
-    allowed = (x.dtype, torch.float32) if x.dtype in HALVES else (x.dtype,)
-    check_tensor(op, name, t, letters, sizes, dtypes=FLOATS)
-    rule = f"of the dtype of x, {' or '.join(names([d]) for d in allowed)}"
-    require(t.dtype in allowed, op, name, rule, names([t.dtype]))
-    require(t.device == x.device, op, name, f"on the device of x, {x.device}", str(t.device))
-
-
-def check_factors(op: str, given: dict[str, Tensor | None], M: int, I: int, O: int, x) -> None:
+def check_factors(op: str, t: Inputs, M: int, I: int, O: int) -> None:
     """r, u [M, I]; s, v [M, O]; bias, delta_bias [M, O] or [O]; delta_bias and e_bias together."""
-    for name, letter, size in (("r", "I", I), ("u", "I", I), ("s", "O", O), ("v", "O", O)):
+    like = {"like": t.x, "like_name": "x", "or_float32": True}
+    given = t._asdict()
+    for name, letter, size in (("r", "I", I), ("s", "O", O), ("u", "I", I), ("v", "O", O)):
         if given[name] is not None:
-            check_fits(op, name, given[name], f"M, {letter}", (M, size), x)
+            check_tensor(op, name, given[name], f"M, {letter}", (M, size), **like)
     for name in ("bias", "delta_bias"):
-        t = given[name]
-        if t is not None and t.ndim == 1:
-            check_fits(op, name, t, "O", (O,), x)
-        elif t is not None:
-            check_fits(op, name, t, "M, O", (M, O), x)
-    missing = [name for name in ("delta_bias", "e_bias") if given[name] is None]
-    if len(missing) == 1:
-        other = "e_bias" if missing[0] == "delta_bias" else "delta_bias"
-        raise ValueError(message(op, missing[0], f"given where {other} is", None))
+        value = given[name]
+        if value is not None and value.ndim == 1:
+            check_tensor(op, name, value, "O", (O,), **like)
+        elif value is not None:
+            check_tensor(op, name, value, "M, O", (M, O), **like)
+    for name, other in (("delta_bias", "e_bias"), ("e_bias", "delta_bias")):
+        if given[name] is None and given[other] is not None:
+            raise ValueError(message(op, name, f"given where {other} is", None))
 
 
-def per_member(given: dict[str, Tensor | None]) -> int | None:
+def per_member(t: Inputs) -> int | None:
     """M, from the first factor that has a row per member."""
-    for name in ("r", "s", "u", "v", "bias", "delta_bias"):
-        if given[name] is not None and given[name].ndim == 2:
-            return given[name].shape[0]
+    for factor in (t.r, t.s, t.u, t.v, t.bias, t.delta_bias):
+        if factor is not None and factor.ndim == 2:
+            return factor.shape[0]
     return None
 
 
-def tied(r, s, u, v) -> tuple:
+def folded_members(t: Inputs) -> int:
+    """M of folded rows, which are one member where no factor says otherwise."""
+    M = per_member(t)
+    return 1 if M is None else M
+
+
+def unfolded(t: Inputs, members: int) -> Inputs:
+    """[M*B, ...] -> [M, B, ...] for what differs by example."""
+    rows = (members, t.x.shape[0] // members if members else 0)
+    x, e, e_bias = (
+        None if value is None else value.unflatten(0, rows) for value in (t.x, t.e, t.e_bias)
+    )
+    return t._replace(x=x, e=e, e_bias=e_bias)
+
+
+def tied(t: Inputs) -> tuple[Tensor | None, ...]:
     """(r, s, u, v) with u = r and v = s where those are left out."""
-    return r, s, r if u is None else u, s if v is None else v
+    return t.r, t.s, t.r if t.u is None else t.u, t.s if t.v is None else t.v
 
 
-def rounded(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """`t` in the dtype of x, in which products are formed."""
-    return t if t is None else t.to(x.dtype)
+def needs_z2(t: Inputs, needs: Inputs) -> bool:
+    """Whether the backward of the library path reads the product with delta."""
+    return needs.e or (needs.s if t.v is None else needs.v)
 
 
-def wide(low: torch.dtype, wanted: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which gradients in `wanted` are computed from tensors in `low`.
-
-    On CUDA products of 16-bit factors can have float32 results, so that nothing need be widened.
-    """
-    if low == wanted or (device.type == "cuda" and WIDE_PRODUCTS):
-        return low
-    return wanted
+def held_in_float32(t: Inputs, needs: Inputs) -> bool:
+    """Whether the gradient of a float32 parameter is wanted beside an x of 16 bits."""
+    if t.x.dtype not in HALVES:
+        return False
+    wanted = [getattr(t, name) for name in PARAMETERS if getattr(needs, name)]
+    return any(p.dtype == torch.float32 for p in wanted)
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b for matrices, in `dtype`, without a 16-bit rounding of the sums on the way."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and WIDE_PRODUCTS:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
-def _wide_products() -> bool:
-    """Whether `torch.mm` takes `out_dtype` (torch 2.8 and later)."""
-    overloads = torch.ops.aten.mm.overloads()
-    return "dtype" in overloads
-
-
-WIDE_PRODUCTS = _wide_products()
+def in_dtypes(gradients: list[Tensor | None], t: Inputs) -> list[Tensor | None]:
+    """Each gradient in the dtype of its argument."""
+    pairs = zip(gradients, t, strict=True)
+    return [g if g is None else g.to(value.dtype) for g, value in pairs]

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from landscape_fast.ops._checks import check_tensor, message, require
 from landscape_fast.ops._dispatch import declare
-from landscape_fast.ops._hyper_batch import tied
 
 OP = "hyper_batch_l2"
 NAMES = ("weight", "delta", "e", "h", "r", "s", "u", "v", "bias", "delta_bias", "e_bias", "h_bias")
@@ -79,7 +78,7 @@ def hyper_batch_l2(
         weight, delta, e, h, r, s, u, v, bias, delta_bias, e_bias, h_bias = (
             None if t is None else t.to(dtype) for t in given
         )
-        r, s, u, v = tied(r, s, u, v)
+        u, v = r if u is None else u, s if v is None else v
         parts = (
             (_times(s, s), _rows(weight * weight, _times(r, r))),
             (_times(s, v), _rows(weight * delta, _times(r, u))),
@@ -113,7 +112,7 @@ def hyper_batch_l2_reference(
 ) -> Tensor:
     """The definition: a weight for every member and example, squared and summed."""
     (M, B, O), tail = e.shape, (1,) * (weight.ndim - 2)
-    r, s, u, v = tied(r, s, u, v)
+    u, v = r if u is None else u, s if v is None else v
 
     def scaled(kernel, inner, outer):
         kernel = kernel.expand(M, *kernel.shape)

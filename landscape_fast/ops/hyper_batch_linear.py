@@ -5,17 +5,21 @@ from torch import Tensor
 
 from landscape_fast.ops import _hyper_batch as shared
 from landscape_fast.ops._batch_ensemble_linear_ways import members_dim, per_row, scaled
-from landscape_fast.ops._checks import FLOATS, names, require
+from landscape_fast.ops._checks import FLOATS, check_tensor, names, require
 from landscape_fast.ops._dispatch import (
-    autocast,
+    as_rounded,
+    autocast_input,
     declare,
     pick,
     reference_backward,
+    rounded,
     transforming,
     wants_grad,
     wants_graph,
+    without_autocast,
 )
-from landscape_fast.ops._hyper_batch_linear_ways import Inputs, composed, composed_backward
+from landscape_fast.ops._hyper_batch import Inputs
+from landscape_fast.ops._hyper_batch_linear_ways import composed, composed_backward
 
 OP = "hyper_batch_linear"
 LAYOUTS = ("member_major", "batch_major", "folded")
@@ -66,8 +70,8 @@ def hyper_batch_linear(
 
     Returns:
         [M, B, O], [B, M, O] or [M*B, O] as the layout says, contiguous, in the dtype of `x`.
-        Under autocast x and e are cast to its dtype. Factors of products are rounded to the dtype
-        of x; gradients of float32 parameters are summed and returned in float32.
+        Under autocast x is cast to its dtype. What is multiplied is rounded to the dtype of x;
+        gradients of float32 parameters are formed and returned in float32.
 
     Raises:
         TypeError: if an argument is not a tensor.
@@ -92,23 +96,22 @@ def hyper_batch_linear(
         <BLANKLINE>
                 [[ 3.]]])
     """
-    tensors = Inputs(x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias)
-    shared.check_types(OP, tensors._asdict())
+    t = Inputs(x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias)
+    shared.check_types(OP, t)
     require(layout in LAYOUTS, OP, "layout", f"one of {LAYOUTS}", repr(layout))
-    x, e, e_bias = autocast(x, e, e_bias)
-    tensors = tensors._replace(x=x, e=e, e_bias=e_bias)
-    members = _check(tensors, layout)
-    pick(OP, backend, x)
-    if transforming() or 0 in (*x.shape, *weight.shape):
-        return hyper_batch_linear_reference(*tensors, layout=layout)
-    tensors = tensors._replace(e=shared.rounded(e, x), e_bias=shared.rounded(e_bias, x))
-    if layout == "folded":
-        tensors = _unfolded(tensors, members)
+    t = Inputs(*autocast_input(*t))
+    members = _check(t, layout)
+    pick(OP, backend, t.x)
+    if transforming() or 0 in (*t.x.shape, *weight.shape):
+        return hyper_batch_linear_reference(*t, layout=layout)
+    t = shared.unfolded(t, members) if layout == "folded" else t
+    e, e_bias = rounded(t.x.dtype, t.e, t.e_bias)  # activations, like x
+    t = t._replace(e=e, e_bias=e_bias)
     batch_major = layout == "batch_major"
-    if wants_grad(*tensors):
-        y = _HyperBatchLinear.apply(batch_major, *tensors)
+    if wants_grad(*t):
+        y = _HyperBatchLinear.apply(batch_major, *t)
     else:
-        y = composed(tensors, batch_major)[0]
+        y = composed(t, batch_major)[0]
     return y.flatten(0, 1) if layout == "folded" else y
 
 
@@ -128,64 +131,47 @@ def hyper_batch_linear_reference(
     layout: str = "member_major",
 ) -> Tensor:
     """The definition: every backend is tested against this, run in float64."""
-    tensors = Inputs(x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias)
+    t = Inputs(x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias)
     if layout == "folded":
-        M = _folded_members(tensors._asdict())
-        return hyper_batch_linear_reference(*_unfolded(tensors, M)).flatten(0, 1)
-    weight, delta, e, r, s, u, v, bias, delta_bias, e_bias = (
-        shared.rounded(t, x) for t in tensors[1:]
-    )
-    r, s, u, v = shared.tied(r, s, u, v)
+        t = shared.unfolded(t, shared.folded_members(t))
+        return hyper_batch_linear_reference(*t).flatten(0, 1)
+    t = Inputs(*as_rounded(*t))
+    r, s, u, v = shared.tied(t)
     batch_major = layout == "batch_major"
 
     def half(weight, r, s):
-        y = scaled(x, r, batch_major) @ weight.T
+        y = scaled(t.x, r, batch_major) @ weight.T
         y = y if y.ndim == 3 else y.unsqueeze(members_dim(batch_major))
         return y if s is None else y * per_row(s, batch_major)
 
-    y = half(weight, r, s) + half(delta, u, v) * e
-    y = y if bias is None else y + per_row(bias, batch_major)
-    return y if delta_bias is None else y + per_row(delta_bias, batch_major) * e_bias
+    y = half(t.weight, r, s) + half(t.delta, u, v) * t.e
+    y = y if t.bias is None else y + per_row(t.bias, batch_major)
+    y = y if t.delta_bias is None else y + per_row(t.delta_bias, batch_major) * t.e_bias
+    return y.to(x.dtype)
 
 
-def _unfolded(tensors: Inputs, members: int) -> Inputs:
-    """[M*B, ...] -> [M, B, ...] for what differs by example."""
-    rows = (members, tensors.x.shape[0] // members if members else 0)
-    x, e, e_bias = (
-        t if t is None else t.unflatten(0, rows) for t in (tensors.x, tensors.e, tensors.e_bias)
-    )
-    return tensors._replace(x=x, e=e, e_bias=e_bias)
-
-
-def _folded_members(given: dict[str, Tensor | None]) -> int:
-    """M of folded rows, which are one member where no factor says otherwise."""
-    M = shared.per_member(given)
-    return 1 if M is None else M
-
-
-def _check(tensors: Inputs, layout: str) -> int:
+def _check(t: Inputs, layout: str) -> int:
     """Holds all arguments against each other; returns M."""
-    x, e, given = tensors.x, tensors.e, tensors._asdict()
+    x, e = t.x, t.e
     shapes = {"member_major": "[M, B, I] or [B, I]", "batch_major": "[B, M, I] or [B, I]"}
-    folded = layout == "folded"
+    folded, members = layout == "folded", members_dim(layout == "batch_major")
     fits = x.ndim == 2 or (x.ndim == 3 and not folded)
     require(fits, OP, "x", shapes.get(layout, "[M*B, I]"), list(x.shape))
     require(x.dtype in FLOATS, OP, "x", f"one of {names(FLOATS)}", x.dtype)
-    shared.check_fits(OP, "weight", tensors.weight, "O, I", (None, x.shape[-1]), x)
-    O, I = tensors.weight.shape
-    shared.check_fits(OP, "delta", tensors.delta, "O, I", (O, I), x)
+    like = {"like": x, "like_name": "x", "or_float32": True}
+    check_tensor(OP, "weight", t.weight, "O, I", (None, x.shape[-1]), **like)
+    O, I = t.weight.shape
+    check_tensor(OP, "delta", t.delta, "O, I", (O, I), **like)
     letters = {"member_major": "M, B, O", "batch_major": "B, M, O", "folded": "M*B, O"}[layout]
-    members = members_dim(layout == "batch_major")
-    if x.ndim == 3 or folded:
-        rows = tuple(x.shape[:-1])
-    else:
+    rows = tuple(x.shape[:-1])
+    if x.ndim == 2 and not folded:  # only e says how many members there are
         M = e.shape[members] if e.ndim == 3 else None
-        rows = (x.shape[0], M) if members else (M, x.shape[0])
-    for name in ("e", "e_bias"):
-        if given[name] is not None:
-            shared.check_fits(OP, name, given[name], letters, (*rows, O), x)
-    M = _folded_members(given) if folded else rows[members]
-    shared.check_factors(OP, given, M, I, O, x)
+        rows = (rows[0], M) if members else (M, rows[0])
+    check_tensor(OP, "e", e, letters, (*rows, O), **like)
+    if t.e_bias is not None:
+        check_tensor(OP, "e_bias", t.e_bias, letters, (*rows, O), **like)
+    M = shared.folded_members(t) if folded else rows[members]
+    shared.check_factors(OP, t, M, I, O)
     if folded:
         fits = x.shape[0] % M == 0 if M else x.shape[0] == 0
         require(fits, OP, "x", f"[M*B, I] with rows divisible by M = {M}", list(x.shape))
@@ -195,27 +181,22 @@ def _check(tensors: Inputs, layout: str) -> int:
 class _HyperBatchLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, batch_major, *tensors):
-        tensors = Inputs(*tensors)
-        y, z2 = composed(tensors, batch_major)
-        needs = Inputs(*ctx.needs_input_grad[1:])
-        keep_z2 = needs.e or (needs.s if tensors.v is None else needs.v)
-        ctx.save_for_backward(*tensors, z2 if keep_z2 else None)
+        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
+        y, z2 = composed(t, batch_major)
+        ctx.save_for_backward(*t, z2 if shared.needs_z2(t, needs) else None)
         ctx.batch_major = batch_major
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        device = dy.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # gradients stay in the dtype of the op
-                return _HyperBatchLinear.backward(ctx, dy)
         *tensors, z2 = ctx.saved_tensors
-        needs = Inputs(*ctx.needs_input_grad[1:])
-        if wants_graph():
-            layout = "batch_major" if ctx.batch_major else "member_major"
+        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
+        with without_autocast(dy.device.type):  # gradients stay in the dtypes of the op
+            if wants_graph():
+                layout = "batch_major" if ctx.batch_major else "member_major"
 
-            def definition(*tensors):
-                return hyper_batch_linear_reference(*tensors, layout=layout)
+                def definition(*tensors):
+                    return hyper_batch_linear_reference(*tensors, layout=layout)
 
-            return None, *reference_backward(definition, tensors, needs, dy)
-        return None, *composed_backward(dy, Inputs(*tensors), z2, needs, ctx.batch_major)
+                return None, *reference_backward(definition, t, needs, dy)
+            return None, *composed_backward(dy, t, z2, needs, ctx.batch_major)
