@@ -8,7 +8,7 @@ import shlex
 import pytest
 from small_tree import ROOT
 
-OPTIONAL = ("sklearn", "matplotlib", "tqdm", "scipy")
+OPTIONAL = ("sklearn", "matplotlib", "tqdm", "scipy", "tabm", "rtdl_num_embeddings")
 README = ROOT / "README.md"
 SECTIONS = ["Args:", "Returns:", "Raises:", "Cost:", "Source:", "Example:"]
 CODE = [

@@ -1,11 +1,13 @@
 """The blocks of a TabM and how they run, in fewer passes than module by module."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from landscape_fast.models._tabm_start import table_rows
 from landscape_fast.nn.dropout import relu_dropout
 from landscape_fast.nn.functional import check_count
 from landscape_fast.ops._checks import require
@@ -17,7 +19,7 @@ class TabMBackbone(nn.Module):
 
     Args:
         d_in, n_blocks, d_block, dropout, activation, k: see `TabM`.
-        linear: makes the layer of a block, `linear(in_features, out_features)`.
+        linear: makes the layer of a block, `linear(index, in_features, out_features)`.
         affine: a scale [k, d_in] in front of the first block, or None.
     """
 
@@ -30,7 +32,7 @@ class TabMBackbone(nn.Module):
         dropout: float,
         activation: str = "ReLU",
         k: int,
-        linear: Callable[[int, int], nn.Module],
+        linear: Callable[[int, int, int], nn.Module],
         affine: nn.Module | None = None,
     ):
         super().__init__()
@@ -39,8 +41,9 @@ class TabMBackbone(nn.Module):
             check_count("TabM", name, value)
         kind = getattr(nn, activation, None)
         require(kind is not None, "TabM", "activation", "a class of torch.nn", repr(activation))
+        widths = [d_in, *[d_block] * n_blocks]
         self.blocks = nn.ModuleList(
-            nn.Sequential(linear(d_in if i == 0 else d_block, d_block), kind(), nn.Dropout(dropout))
+            nn.Sequential(linear(i, widths[i], d_block), kind(), nn.Dropout(dropout))
             for i in range(n_blocks)
         )
         self.affine, self._k, self._d_block = affine, k, d_block
@@ -57,6 +60,31 @@ class TabMBackbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, k, d_in] or shared [B, d_in] -> [B, k, d_block]."""
         return run_blocks(self.affine, self.blocks, x)
+
+
+class TabMMember(nn.Module):
+    """One member of a TabM as a plain MLP with merged weights, copied from `model`."""
+
+    def __init__(self, model: nn.Module, i: int):
+        super().__init__()
+        self.n_num, self.n_cat = model.n_num, model.n_cat
+        self.num_module = copy.deepcopy(model.num_module)
+        self.cat_module = copy.deepcopy(model.cat_module)
+        blocks = []
+        for layer, *rest in model.backbone.blocks:
+            own = layer.member(i) if hasattr(layer, "member") else copy.deepcopy(layer)
+            blocks.append(nn.Sequential(own, *map(copy.deepcopy, rest)))
+        if model.backbone.affine is not None:
+            with torch.no_grad():
+                blocks[0][0].weight *= model.backbone.affine.weight[i]
+        self.blocks = nn.Sequential(*blocks)
+        self.output = None if model.output is None else model.output.member(i)
+        self.train(model.training)
+
+    def forward(self, x_num: Tensor | None = None, x_cat: Tensor | None = None) -> Tensor:
+        """-> [B, d_out]."""
+        x = self.blocks(table_rows(self, x_num, x_cat, 0))
+        return x if self.output is None else self.output(x)
 
 
 def run_blocks(affine: nn.Module | None, blocks: nn.ModuleList, x: Tensor) -> Tensor:

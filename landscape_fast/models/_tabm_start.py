@@ -1,6 +1,7 @@
 """What a TabM starts from, drawn in the order of the package `tabm`, and its input columns."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -56,18 +57,23 @@ def _draw_(x: Tensor, distribution: str, generator: Generator | None) -> Tensor:
     return x.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
-@torch.no_grad()
-def reset_batch_ensemble_(layer: nn.Module, first, second, generator: Generator | None) -> None:
-    """New weight, r, s and a bias that all members start with.
+@dataclass(frozen=True)
+class Scaling:
+    """`init_scaling_` as an initialiser of a layer: for its `r_init` or `s_init`."""
 
-    Args:
-        layer: has weight [O, I], r [k, I], s [k, O] and bias [k, O] or None.
-        first: (distribution, chunks) of r; second: of s.
-    """
-    bound = layer.weight.shape[1] ** -0.5
+    distribution: str = "ones"
+    chunks: tuple[int, ...] | None = None
+
+    def __call__(self, tensor: Tensor, generator: Generator | None = None) -> Tensor:
+        return init_scaling_(tensor, self.distribution, self.chunks, generator)
+
+
+@torch.no_grad()
+def reset_batch_ensemble_(layer: nn.Module, generator: Generator | None = None) -> None:
+    """New weight, r, s, and a bias that all members start with, drawn in the order of `tabm`."""
+    bound = layer.in_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-    init_scaling_(layer.r, *first, generator)
-    init_scaling_(layer.s, *second, generator)
+    layer.reset_factors(generator)
     if layer.bias is not None:
         one = torch.empty_like(layer.bias[0])
         layer.bias.copy_(nn.init.uniform_(one, -bound, bound, generator=generator))
@@ -91,6 +97,37 @@ def feature_sizes(n_num: int, cardinalities: Sequence[int], embeddings) -> list[
     fits = len(shape) == 2 and shape[0] == n_num
     require(fits, "TabM", "num_embeddings", f"of output shape ({n_num}, d)", shape)
     return [shape[1]] * n_num + list(cardinalities)
+
+
+def table_rows(model: nn.Module, x_num: Tensor | None, x_cat: Tensor | None, k: int) -> Tensor:
+    """The columns as the blocks read them: [B, D], or [B, k, D] where each member has its rows.
+
+    Args:
+        model: has `num_module` and `cat_module` (or None), `n_num` and `n_cat` columns.
+        k: number of members; 0 where only [B, columns] will do.
+    """
+    columns, lead = [], None
+    given = (
+        ("x_num", x_num, model.n_num, model.num_module),
+        ("x_cat", x_cat, model.n_cat, model.cat_module),
+    )
+    for name, x, n, module in given:
+        got = None if x is None else list(x.shape)
+        if n == 0:
+            require(x is None, "TabM", name, "None where there are no such columns", got)
+            continue
+        fits = x is not None and x.ndim in (2, 3) and x.shape[-1] == n
+        fits = fits and (x.ndim == 2 or x.shape[1] == k > 0)
+        rule = f"[B, {n}]" + (f" or [B, k, {n}] with k = {k}" if k else "")
+        require(fits, "TabM", name, rule, got)
+        require(lead in (None, x.shape[:-1]), "TabM", name, "of as many rows as x_num", got)
+        lead, rows = x.shape[:-1], x.flatten(0, -2)
+        columns.append((rows if module is None else module(rows)).flatten(1))
+    # Categories are integers until here; alone they would stay so.
+    dtype = next(c.dtype for c in (*columns, *model.parameters()) if c.is_floating_point())
+    columns = [c if c.is_floating_point() else c.to(dtype) for c in columns]
+    x = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+    return x if len(lead) == 1 else x.unflatten(0, lead)
 
 
 class OneHot(nn.Module):

@@ -6,21 +6,25 @@ initial values are the same, too.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from landscape_fast.models._tabm_blocks import TabMBackbone
+from landscape_fast.models._tabm_blocks import TabMBackbone, TabMMember
 from landscape_fast.models._tabm_start import (
     STARTS,
     OneHot,
+    Scaling,
     feature_sizes,
     init_scaling_,
     reset_batch_ensemble_,
+    table_rows,
 )
+from landscape_fast.nn._rank_one import check_member
 from landscape_fast.nn.batch_ensemble import BatchEnsembleLinear
+from landscape_fast.nn.init import default_
 from landscape_fast.nn.members import MemberLinear, MemberScale
 from landscape_fast.ops._checks import require
 
@@ -104,17 +108,21 @@ class TabM(nn.Module):
         n_blocks = n_blocks or (3 if num_embeddings is None else 2)
         self.num_module = num_embeddings
         self.cat_module = OneHot(cardinalities) if cardinalities else None
+        self.arch_type, self.start_scaling_init = arch_type, start_scaling_init
+        self.n_num, self.n_cat, self._chunks = n_num_features, len(cardinalities), tuple(d_features)
         # On the meta device first: every initial value is drawn once, in the order of `tabm`.
         meta = {"device": "meta", "dtype": dtype}
         self.backbone = TabMBackbone(
-            d_in=sum(d_features), n_blocks=n_blocks, d_block=d_block, dropout=dropout,
-            activation=activation, k=k, linear=self._linear(arch_type, k, meta),
+            d_in=sum(d_features),
+            n_blocks=n_blocks,
+            d_block=d_block,
+            dropout=dropout,
+            activation=activation,
+            k=k,
+            linear=lambda index, i, o: self._layer(index, i, o, k, meta),
             affine=MemberScale((k, sum(d_features)), **meta) if arch_type == "tabm-mini" else None,
-        )  # fmt: skip
-        options = {"layout": "batch_major", **meta}
-        self.output = None if d_out is None else MemberLinear(d_block, d_out, k, **options)
-        self.arch_type, self.start_scaling_init = arch_type, start_scaling_init
-        self._chunks, self._n_num, self._n_cat = d_features, n_num_features, len(cardinalities)
+        )
+        self.output = None if d_out is None else self._packed(d_block, d_out, k, meta)
         device = torch.get_default_device() if device is None else device
         if torch.device(device).type != "meta":
             self.backbone.to_empty(device=device)
@@ -127,12 +135,21 @@ class TabM(nn.Module):
         """The constructor, under the name that `tabm` gives the one with defaults."""
         return cls(**options)
 
-    @staticmethod
-    def _linear(arch_type: str, k: int, factory: dict) -> Callable[[int, int], nn.Module]:
-        if arch_type == "tabm-mini":
-            return lambda i, o: nn.Linear(i, o, **factory)
-        kind = BatchEnsembleLinear if arch_type == "tabm" else MemberLinear
-        return lambda i, o: kind(i, o, k, layout="batch_major", **factory)
+    def _layer(self, index: int, i: int, o: int, k: int, factory: dict) -> nn.Module:
+        """The linear layer of a block."""
+        if self.arch_type == "tabm-mini":
+            return nn.Linear(i, o, **factory)
+        if self.arch_type == "tabm-packed":
+            return self._packed(i, o, k, factory)
+        start = (self.start_scaling_init, self._chunks) if index == 0 else ("ones", None)
+        return self._batch_ensemble(i, o, k, start, factory)
+
+    def _batch_ensemble(self, i: int, o: int, k: int, start: tuple, factory: dict) -> nn.Module:
+        options = {"layout": "batch_major", "r_init": Scaling(*start), **factory}
+        return BatchEnsembleLinear(i, o, k, **options)
+
+    def _packed(self, i: int, o: int, k: int, factory: dict) -> nn.Module:
+        return MemberLinear(i, o, k, layout="batch_major", **factory)
 
     @property
     def k(self) -> int:
@@ -141,15 +158,11 @@ class TabM(nn.Module):
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """New initial values for all but the embeddings."""
-        for i, block in enumerate(self.backbone.blocks):
-            layer = block[0]
+        for layer, *_ in self.backbone.blocks:
             if self.arch_type == "tabm":
-                first = (self.start_scaling_init, self._chunks) if i == 0 else ("ones", None)
-                reset_batch_ensemble_(layer, first, ("ones", None), generator)
+                reset_batch_ensemble_(layer, generator)
             elif self.arch_type == "tabm-mini":
-                bound = layer.in_features**-0.5
-                nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+                default_(layer.weight, layer.bias, generator)
             else:
                 layer.reset_parameters(generator)
         if self.backbone.affine is not None:
@@ -166,26 +179,15 @@ class TabM(nn.Module):
                 per member in training.
             x_cat: int64 categories [B, columns] or [B, k, columns], each below its cardinality.
         """
-        given = {"x_num": (x_num, self._n_num), "x_cat": (x_cat, self._n_cat)}
-        columns, lead = [], None
-        for name, (x, n) in given.items():
-            if n == 0:
-                require(x is None, "TabM", name, "None where there are no such columns", _got(x))
-                continue
-            fits = x is not None and x.ndim in (2, 3) and x.shape[-1] == n
-            fits = fits and (x.ndim == 2 or x.shape[1] == self.k)
-            rule = f"[B, {n}] or [B, k, {n}] with k = {self.k}"
-            require(fits, "TabM", name, rule, _got(x))
-            same = lead in (None, x.shape[:-1])
-            require(same, "TabM", name, "of as many rows as x_num", _got(x))
-            lead, rows = x.shape[:-1], x.flatten(0, -2)
-            module = self.num_module if name == "x_num" else self.cat_module
-            columns.append((rows if module is None else module(rows)).flatten(1))
-        dtype = next(self.backbone.parameters()).dtype
-        columns = [c if c.is_floating_point() else c.to(dtype) for c in columns]
-        x = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
-        x = self.backbone(x if len(lead) == 1 else x.unflatten(0, lead))
+        x = self.backbone(table_rows(self, x_num, x_cat, self.k))
         return x if self.output is None else self.output(x)
+
+    members = property(lambda self: self.k, doc="The number of members.")
+
+    def member(self, i: int) -> nn.Module:
+        """Member i as a plain MLP: (x_num, x_cat) -> [B, d_out]."""
+        check_member("TabM", i, self.k)
+        return TabMMember(self, i)
 
     def prune(self, members: Sequence[int]) -> "TabM":
         """A copy that has only these members, in this order; a member may come more than once.
@@ -215,7 +217,3 @@ class TabM(nn.Module):
                     setattr(module, name, Parameter(kept, requires_grad=old.requires_grad))
         pruned.backbone._k = k
         return pruned
-
-
-def _got(x: Tensor | None):
-    return None if x is None else list(x.shape)

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from landscape_fast.nn._rank_one import check_member
 from landscape_fast.nn.functional import check_count
 from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
 from landscape_fast.ops._dispatch import (
@@ -182,9 +183,7 @@ class MemberLinear(nn.Module):
 
     def member(self, i: int) -> nn.Linear:
         """Member i as a plain layer."""
-        rule = f"an integer from 0 to {self.members - 1}"
-        fits = isinstance(i, int) and 0 <= i < self.members
-        require(fits, f"{type(self).__name__}.member", "i", rule, repr(i))
+        check_member(type(self).__name__, i, self.members)
         bias, dtype = self.bias is not None, self.weight.dtype
         plain = nn.Linear(self.in_features, self.out_features, bias, device="meta", dtype=dtype)
         for name, source in (("weight", self.weight), ("bias", self.bias)):
@@ -233,6 +232,17 @@ class MemberScale(nn.Module):
         self.weight = Parameter(torch.ones(tuple(shape), **factory))
         offset = Parameter(torch.zeros(tuple(shape), **factory)) if bias else None
         self.register_parameter("bias", offset)
+
+    members = property(lambda self: self.weight.shape[0], doc="M.")
+
+    def member(self, i: int) -> "MemberScale":
+        """The scale of member i alone, of shape [...]."""
+        check_member(type(self).__name__, i, self.members)
+        one = MemberScale(self.weight.shape[1:], self.bias is not None, device="meta")
+        for name, source in self.named_parameters(recurse=False):
+            value = source.detach()[i].clone()
+            setattr(one, name, Parameter(value, requires_grad=source.requires_grad))
+        return one.train(self.training)
 
     def fast_parameters(self) -> list[Parameter]:
         """The scale, for `landscape_fast.methods.param_groups`."""
