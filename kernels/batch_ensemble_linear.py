@@ -1,4 +1,7 @@
-"""batch_ensemble_linear, forward: y = s * (weight @ (r * x)) + bias, all members in one launch."""
+"""batch_ensemble_linear, forward: y = s * (weight @ (r * x)) + bias, or its positive part.
+
+All members in one launch.
+"""
 
 import torch
 import triton
@@ -62,7 +65,7 @@ def batch_ensemble_linear_fwd_kernel(
     x_stride_m, x_stride_b, x_stride_i, weight_stride_o, weight_stride_i,
     bias_stride_m, y_stride_m, y_stride_b,
     SHARED_X: tl.constexpr, EVEN_I: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    LONG: tl.constexpr, DTYPE: tl.constexpr,
+    LONG: tl.constexpr, DTYPE: tl.constexpr, RELU: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +123,8 @@ def batch_ensemble_linear_fwd_kernel(
         acc *= tl.load(s_ptr + s_offs, mask=in_so, other=0.0).to(DTYPE).to(tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + bias_offs, mask=in_so, other=0.0).to(DTYPE).to(tl.float32)
+    if RELU:
+        acc = tl.where(acc <= 0.0, 0.0, acc)  # NaN stays
     y_offs = m.to(tl.int64) * y_stride_m + b.to(tl.int64) * y_stride_b
     p_y = y_ptr + y_offs[:, None] + offs_o[None, :]
     tl.store(p_y, acc.to(y_ptr.dtype.element_ty), mask=in_y)
@@ -133,6 +138,7 @@ def batch_ensemble_linear_fwd(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     tf32: bool,
+    relu: bool = False,
     *,
     config: Config | None = None,
     long: bool | None = None,
@@ -140,8 +146,9 @@ def batch_ensemble_linear_fwd(
     """x [M, B, I] or, for all members, [B, I]; weight [O, I]; r [M, I]; s [M, O]; bias [M, O], [O].
 
     All in one dtype, except that r, s and bias may be float32 where it has 16 bits.
-    Fills y [M, B, O], any strides but unit along O. Nothing is empty. x and weight may have any
-    strides. `config` and `long` (64-bit offsets) are chosen here unless given.
+    Fills y [M, B, O], any strides but unit along O, with `relu` by max(y, 0). Nothing is empty. x
+    and weight may have any strides. `config` and `long` (64-bit offsets) are chosen here unless
+    given.
     """
     (M, B, O), I = y.shape, x.shape[-1]
     r, s, bias = (None if t is None else t.contiguous() for t in (r, s, bias))
@@ -157,7 +164,7 @@ def batch_ensemble_linear_fwd(
             descriptor(weight, block_o, block_i) if c.tma else weight,
             r, s, bias, y, M, B, I, O, *strides,
             SHARED_X=x.ndim == 2, EVEN_I=I % block_i == 0, PRECISION=precision(kind),
-            TMA=c.tma, LONG=long, DTYPE=DTYPES[x.dtype], **c.options(),
+            TMA=c.tma, LONG=long, DTYPE=DTYPES[x.dtype], RELU=relu, **c.options(),
         )  # fmt: skip
 
     with on_device(x):

@@ -47,12 +47,16 @@ def _linear(arch: int) -> Iterator[Case]:
         must = (() if "ieee" in bucket else (core,)) + (("tma",) if config.tma else ("cp.async",))
         never = tuple(TENSOR_CORES.values()) if "ieee" in bucket else ()
         yield Case(f"linear {bucket}", _linear_call(bucket, config, dtype), must, never)
+        if "half" in bucket:  # as under autocast
+            call = _linear_call(bucket, config, dtype, held=True)
+            yield Case(f"linear {bucket}, float32 parameters", call, must, never)
     # the same code in float16 with ragged sizes, without factors, and with 64-bit offsets
     name = "fwd half medium" if arch == 80 else "fwd half medium tma"
     config, half = linear_tiles.SHIPPED[arch, name], torch.float16
     must = (TENSOR_CORES[arch],)
     yield Case("linear fwd ragged", _linear_call("fwd half", config, half, I=1008, O=1008), must)
     yield Case("linear fwd bare", _linear_call("fwd half", config, half, factors=False), must)
+    yield Case("linear fwd relu", _linear_call("fwd half", config, half, relu=True), must)
     name = "weight half small" if arch == 80 else "weight half medium tma"
     config = linear_tiles.SHIPPED[arch, name]
     yield Case("linear weight bare", _linear_call("weight half", config, half, factors=False), must)
@@ -61,21 +65,26 @@ def _linear(arch: int) -> Iterator[Case]:
         yield Case(f"linear {bucket} long", _linear_call(bucket, config, half, long=True), must)
 
 
-def _linear_call(bucket, config, dtype, I=1024, O=1024, factors=True, long=False):
+def _linear_call(
+    bucket, config, dtype, I=1024, O=1024, factors=True, long=False, relu=False, held=False
+):
     M, B, tf32 = 4, 1024, "tf32" in bucket
 
-    def new(*shape):
+    def new(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def parameter(*shape):
+        return new(*shape, dtype=torch.float32 if held else dtype)
 
     x = new(B, I) if "shared" in bucket else new(M, B, I)
     weight, y = new(O, I), new(M, B, O)
-    r, s, bias = (new(M, I), new(M, O), new(M, O)) if factors else (None, None, None)
-    dr, ds = (new(M, I), new(M, O)) if factors else (None, None)
+    r, s, bias = (parameter(M, n) for n in (I, O, O)) if factors else (None, None, None)
+    dr, ds = (parameter(M, I), parameter(M, O)) if factors else (None, None)
 
     def call():
         if bucket.startswith("fwd"):
             linear.batch_ensemble_linear_fwd(
-                x, weight, r, s, bias, y, tf32, config=config, long=long
+                x, weight, r, s, bias, y, tf32, relu, config=config, long=long
             )
         elif bucket.startswith("x"):
             outputs = (new(*x.shape), None, dr, None, None)
@@ -83,7 +92,7 @@ def _linear_call(bucket, config, dtype, I=1024, O=1024, factors=True, long=False
                 y, x, weight, r, s, *outputs, tf32, x_config=config, long=long
             )
         else:
-            outputs = (None, new(O, I), dr if "+r" in bucket else None, ds, bias)
+            outputs = (None, parameter(O, I), dr if "+r" in bucket else None, ds, bias)
             linear_backward.batch_ensemble_linear_bwd(
                 y, x, weight, r, s, *outputs, tf32, weight_config=config, long=long,
                 split=linear_tiles.Split(2, B, 2),

@@ -9,9 +9,11 @@ The choice is the smaller estimate, so a fused kernel never runs where the libra
 be quicker. Forcing a backend overrides it.
 """
 
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 RATE = {  # arch -> kind -> TFLOP/s of a library GEMM
     80: {"half": 270.0, "tf32": 135.0, "ieee": 18.0},
@@ -58,6 +60,11 @@ class Plan(NamedTuple):
     backward: str
 
 
+COMPOSED = Plan("composed", "composed")
+FUSED = Plan("fused", "H")
+EXACT = {"H": "G", "composed": "outer"}  # the backward that spares float32 gradients 16 bits
+
+
 class Problem(NamedTuple):
     """Sizes, and what decides the cost: arguments that are there, and how products are formed."""
 
@@ -72,6 +79,28 @@ class Problem(NamedTuple):
     has_s: bool = True
     aligned: bool = True  # rows of x, weight and y allow 16-byte loads
     exact: bool = False  # gradients of weight, r or s are wanted that 16 bits never rounded
+
+
+@cache
+def architecture(index: int) -> int:
+    """Which column of the tables a CUDA device belongs to."""
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(index)[0], 80)
+
+
+architecture._dynamo_marked_constant = True  # torch.compile may take its answer for granted
+
+
+def plan_for(x: Tensor, weight: Tensor, factors: tuple, sizes: tuple, needs, exact: bool) -> Plan:
+    """The plan for tensors on a CUDA device; factors: (r, s), sizes: (M, batch_major)."""
+    (O, I), (members, batch_major) = weight.shape, sizes
+    B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
+    arch, kind = architecture(x.device.index), kind_of(x.dtype)
+    unit = 16 if arch == 80 else 16 // x.element_size()  # what vector loads, or descriptors, need
+    strides = (O, *x.stride()[:-1], *weight.stride()[:-1])
+    aligned = x.stride(-1) == 1 and weight.stride(-1) == 1 and all(n % unit == 0 for n in strides)
+    there = [t is not None for t in factors]
+    problem = Problem(members, B, I, O, arch, kind, x.ndim == 2, *there, aligned, exact)
+    return choose(problem, needs) if torch.compiler.is_compiling() else chosen(problem, needs)
 
 
 def choose(p: Problem, needs: Needs) -> Plan:
@@ -90,6 +119,9 @@ def choose(p: Problem, needs: Needs) -> Plan:
         if us < least:
             best, least = plan, us
     return best
+
+
+chosen = lru_cache(4096)(choose)  # a layer asks the same at every step
 
 
 def estimate(p: Problem, needs: Needs, plan: Plan) -> float:

@@ -34,8 +34,11 @@ def scaled(x: Tensor, r: Tensor | None, batch_major: bool) -> Tensor:
     return x * per_row(r, batch_major)
 
 
-def composed(x, weight, r, s, bias, members, batch_major) -> tuple[Tensor, Tensor]:
-    """(y, z) by library calls, with z = (x * r) weight^T, [B, O] where no member differs."""
+def composed(x, weight, r, s, bias, members, batch_major, relu) -> tuple[Tensor, Tensor | None]:
+    """(y, z) by library calls, with z = (x * r) weight^T, [B, O] where no member differs.
+
+    z is there where ds may need it: where there is an s.
+    """
     z = scaled(x, r, batch_major) @ weight.T
     y = z if z.ndim == 3 else z.unsqueeze(members_dim(batch_major))
     if s is not None and bias is not None:
@@ -44,7 +47,7 @@ def composed(x, weight, r, s, bias, members, batch_major) -> tuple[Tensor, Tenso
         y = y * per_row(s, batch_major)
     elif bias is not None:
         y = y + per_row(bias, batch_major)
-    return y, z
+    return y.relu_() if relu else y, None if s is None else z
 
 
 def composed_backward(dy, x, weight, r, s, z, needs, bias_shared, bias_dtype, batch_major):
@@ -123,19 +126,19 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(a.to(dtype), b.to(dtype))
 
 
-def _forward_fake(x, weight, r, s, bias, members, batch_major):
+def _forward_fake(x, weight, r, s, bias, members, batch_major, relu):
     B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
     rows = (B, members) if batch_major else (members, B)
     return x.new_empty(*rows, weight.shape[0])
 
 
-def _forward_impl(x, weight, r, s, bias, members, batch_major):
+def _forward_impl(x, weight, r, s, bias, members, batch_major, relu):
     from landscape_fast.kernels.batch_ensemble_linear import batch_ensemble_linear_fwd
 
     (weight,) = rounded(x.dtype, weight)
-    y = _forward_fake(x, weight, r, s, bias, members, batch_major)
+    y = _forward_fake(x, weight, r, s, bias, members, batch_major, relu)
     rows = [_member_major(t, batch_major) for t in (x, y)]
-    batch_ensemble_linear_fwd(rows[0], weight, r, s, bias, rows[1], tf32_allowed())
+    batch_ensemble_linear_fwd(rows[0], weight, r, s, bias, rows[1], tf32_allowed(), relu)
     return y
 
 
@@ -171,7 +174,7 @@ def _member_major(t: Tensor, batch_major: bool) -> Tensor:
 
 forward_op = define(
     "batch_ensemble_linear(Tensor x, Tensor weight, Tensor? r, Tensor? s, Tensor? bias,"
-    " SymInt members, bool batch_major) -> Tensor",
+    " SymInt members, bool batch_major, bool relu) -> Tensor",
     _forward_impl,
     _forward_fake,
 )

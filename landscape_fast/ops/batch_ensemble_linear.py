@@ -1,17 +1,18 @@
 """A linear layer of M members that share one weight up to rank-one factors (BatchEnsemble)."""
 
-from functools import cache, lru_cache
-
 import torch
 from torch import Tensor
 
 from landscape_fast.ops import _dispatch
+from landscape_fast.ops._batch_ensemble_linear_checks import OP, check, check_types, members_of
+from landscape_fast.ops._batch_ensemble_linear_index import indexed, indexed_reference
 from landscape_fast.ops._batch_ensemble_linear_plan import (
+    COMPOSED,
+    EXACT,
+    FUSED,
     Needs,
     Plan,
-    Problem,
-    choose,
-    kind_of,
+    plan_for,
 )
 from landscape_fast.ops._batch_ensemble_linear_ways import (
     backward_op,
@@ -23,7 +24,7 @@ from landscape_fast.ops._batch_ensemble_linear_ways import (
     per_row,
     scaled,
 )
-from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
+from landscape_fast.ops._checks import require
 from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
     as_rounded,
@@ -38,12 +39,6 @@ from landscape_fast.ops._dispatch import (
     without_autocast,
 )
 
-OP = "batch_ensemble_linear"
-LAYOUTS = ("member_major", "batch_major", "folded")
-COMPOSED = Plan("composed", "composed")
-FUSED = Plan("fused", "H")
-EXACT = {"H": "G", "composed": "outer"}  # the backward that spares float32 gradients 16 bits
-
 declare(OP, triton=KERNEL_DTYPES)
 
 
@@ -55,6 +50,8 @@ def batch_ensemble_linear(
     bias: Tensor | None = None,
     *,
     layout: str = "member_major",
+    index: Tensor | None = None,
+    activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""M linear layers with weights `weight[o, i] * s[m, o] * r[m, i]`, in one pass.
@@ -70,12 +67,15 @@ def batch_ensemble_linear(
         s: [M, O], scales its output features; None for ones.
         bias: [M, O], one per member, or [O], one for all; None for zero.
         layout: "member_major", "batch_major" (as in TabM) or "folded".
+        index: [N] int64 in [0, M), with the layout "folded" and x [N, I]: the member of each row,
+            in any order and number. It runs in plain PyTorch.
+        activation: "relu" for max(y, 0), applied before y is written; None.
         backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`. On CUDA tensors
             "auto" takes, for each shape, what is expected to be quicker: the Triton kernels, or the
             composition of library calls that "torch" names.
 
     Returns:
-        [M, B, O], [B, M, O] or [M*B, O] as the layout says, contiguous, in the dtype of `x`.
+        [M, B, O], [B, M, O], [M*B, O] or, with an index, [N, O], contiguous, in the dtype of `x`.
         Products are added up in float32 (float64 for float64); float32 factors are rounded to tf32
         where `torch.backends.cuda.matmul` allows it. Autocast casts `x`. The gradients of float32
         parameters beside a 16-bit `x` are as exact as float32 sums of exact products: nothing is
@@ -85,11 +85,14 @@ def batch_ensemble_linear(
         TypeError: if an argument is not a tensor.
         ValueError: if shapes, dtypes, devices or the layout disagree; if `x` is shared and nothing
             says how many members there are; if the backend cannot run here.
+        IndexError: if an index is out of range and the tensors are on the CPU. On CUDA, where
+            raising would wait for the device, its row of y is NaN; LANDSCAPE_FAST_DEBUG=1 makes it
+            raise there too. In a compiled graph and under a functorch transform the row is NaN.
 
     Cost: 2 * M * B * I * O flops, and twice as many for the gradients; x, weight and y moved once.
         The kernels keep `x` for the backward, and no other activation; "torch" also keeps
-        (x * r) weight^T, if ds is wanted in the dtype of `x`. Gradients are deterministic, and
-        differentiable again.
+        (x * r) weight^T, if ds is wanted in the dtype of `x`. An activation keeps y. Gradients are
+        deterministic, and differentiable again.
 
     Source: Wen et al. 2020 (arXiv:2002.06715); as used by TabM (arXiv:2410.24210).
 
@@ -104,29 +107,30 @@ def batch_ensemble_linear(
         <BLANKLINE>
                 [[-1.,  3., -4.]]])
     """
-    _check_types(x, weight, r, s, bias, layout)
+    check_types(x, weight, r, s, bias, layout, index, activation)
     x, weight, r, s, bias = autocast_input(x, weight, r, s, bias)
-    members = _check(x, weight, r, s, bias, layout)
-    name = pick(OP, backend, x)
+    members = check(x, weight, r, s, bias, layout, index)
+    if index is not None:
+        rule = "'auto' or 'torch' with an index"
+        require(backend in ("auto", "torch"), OP, "backend", rule, repr(backend))
+        backend = "torch"
+    name, relu = pick(OP, backend, x), activation == "relu"
     if transforming() or x.numel() == 0 or weight.numel() == 0:
+        options = {"layout": layout, "index": index, "activation": activation}
         with without_autocast(x.device.type):
-            return batch_ensemble_linear_reference(x, weight, r, s, bias, layout=layout)
+            return batch_ensemble_linear_reference(x, weight, r, s, bias, **options)
+    if index is not None:
+        with without_autocast(x.device.type):
+            return indexed(x, weight, r, s, bias, index, relu)
     if layout == "folded":
         x = x.unflatten(0, (members, x.shape[0] // members))
-    tensors = (x, weight, r, s, bias)
-    sizes = (members, layout == "batch_major")
+    tensors, sizes = (x, weight, r, s, bias), (members, layout == "batch_major")
     needs = Needs(*[wants_grad(t) for t in tensors]) if torch.is_grad_enabled() else Needs()
-    if name == "torch":
-        plan = COMPOSED
-    elif backend == "triton" or _dispatch.FORCED == "triton":
-        plan = FUSED
-    else:
-        plan = _plan(*tensors, *sizes, needs)
+    plan = _plan(name, backend, *tensors, sizes, needs)
     if any(needs):
-        backward = EXACT.get(plan.backward, plan.backward) if _exact(*tensors, needs) else plan[1]
-        y = _BatchEnsembleLinear.apply(*tensors, *sizes, plan.forward, backward)
+        y = _BatchEnsembleLinear.apply(*tensors, *sizes, relu, *plan)
     else:
-        y = _forward(*tensors, *sizes, plan.forward)[0]
+        y = _forward(*tensors, *sizes, relu, plan.forward)[0]
     return y.flatten(0, 1) if layout == "folded" else y
 
 
@@ -138,109 +142,53 @@ def batch_ensemble_linear_reference(
     bias: Tensor | None = None,
     *,
     layout: str = "member_major",
+    index: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """The definition: every backend is tested against this, run in float64."""
+    relu = activation == "relu"
+    if index is not None:
+        return indexed_reference(x, weight, r, s, bias, index, relu)
     if layout == "folded":
-        M = _members(x, r, s, bias, layout)
+        M = members_of(x, r, s, bias, layout)
         x = x.unflatten(0, (M, x.shape[0] // M if M else 0))
-        return batch_ensemble_linear_reference(x, weight, r, s, bias).flatten(0, 1)
+        y = batch_ensemble_linear_reference(x, weight, r, s, bias, activation=activation)
+        return y.flatten(0, 1)
     dtype, batch_major = x.dtype, layout == "batch_major"
     x, weight, r, s, bias = as_rounded(x, weight, r, s, bias)
     y = scaled(x, r, batch_major) @ weight.T
     y = y if y.ndim == 3 else y.unsqueeze(members_dim(batch_major))
     y = y if s is None else y * per_row(s, batch_major)
     y = y if bias is None else y + per_row(bias, batch_major)
-    return y.to(dtype)
+    return (y.relu() if relu else y).to(dtype)
 
 
-def _check_types(x, weight, r, s, bias, layout) -> None:
-    required = {"x": x, "weight": weight}
-    for name, t in {**required, "r": r, "s": s, "bias": bias}.items():
-        if not isinstance(t, Tensor) and (t is not None or name in required):
-            raise TypeError(message(OP, name, "a Tensor", type(t).__name__))
-    require(layout in LAYOUTS, OP, "layout", f"one of {LAYOUTS}", repr(layout))
-
-
-def _check(x, weight, r, s, bias, layout) -> int:
-    """Holds all arguments against each other; returns M."""
-    shapes = {"member_major": "[M, B, I] or [B, I]", "batch_major": "[B, M, I] or [B, I]"}
-    fits = x.ndim == 2 or (x.ndim == 3 and layout != "folded")
-    require(fits, OP, "x", shapes.get(layout, "[M*B, I]"), list(x.shape))
-    require(x.dtype in FLOATS, OP, "x", f"one of {names(FLOATS)}", x.dtype)
-    like = {"like": x, "like_name": "x", "or_float32": True}
-    check_tensor(OP, "weight", weight, "O, I", (None, x.shape[-1]), **like)
-    (O, I), M = weight.shape, _members(x, r, s, bias, layout)
-    rule = "[M, B, I]" if layout == "member_major" else "[B, M, I]"
-    rule += " where neither r, s nor a bias [M, O] gives the number of members"
-    require(M is not None, OP, "x", rule, list(x.shape))
-    if r is not None:
-        check_tensor(OP, "r", r, "M, I", (M, I), **like)
-    if s is not None:
-        check_tensor(OP, "s", s, "M, O", (M, O), **like)
-    if bias is not None and bias.ndim == 1:
-        check_tensor(OP, "bias", bias, "O", (O,), **like)
-    elif bias is not None:
-        check_tensor(OP, "bias", bias, "M, O", (M, O), **like)
-    if layout == "folded":
-        fits = x.shape[0] % M == 0 if M else x.shape[0] == 0
-        require(fits, OP, "x", f"[M*B, I] with rows divisible by M = {M}", list(x.shape))
-    return M
-
-
-def _members(x, r, s, bias, layout) -> int | None:
-    """M, from x or else from the first factor that has it; folded rows without factors are one."""
-    if x.ndim == 3:
-        return x.shape[members_dim(layout == "batch_major")]
-    for t in (r, s, bias):
-        if t is not None and t.ndim == 2:
-            return t.shape[0]
-    return 1 if layout == "folded" else None
-
-
-@cache
-def _architecture(index: int) -> int:
-    """Which column of the plan's tables a CUDA device belongs to."""
-    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(index)[0], 80)
-
-
-_architecture._dynamo_marked_constant = True  # torch.compile may take its answer for granted
-
-
-def _plan(x, weight, r, s, bias, members, batch_major, needs) -> Plan:
-    O, I = weight.shape
-    B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
-    arch, kind = _architecture(x.device.index), kind_of(x.dtype)
-    unit = 16 if arch == 80 else 16 // x.element_size()  # what vector loads, or descriptors, need
-    strides = (O, *x.stride()[:-1], *weight.stride()[:-1])
-    aligned = x.stride(-1) == 1 and weight.stride(-1) == 1 and all(n % unit == 0 for n in strides)
-    factors = (r is not None, s is not None)
-    exact = _exact(x, weight, r, s, bias, needs)
-    problem = Problem(members, B, I, O, arch, kind, x.ndim == 2, *factors, aligned, exact)
-    return choose(problem, needs) if torch.compiler.is_compiling() else _chosen(problem, needs)
-
-
-_chosen = lru_cache(4096)(choose)  # a layer asks the same at every step
-
-
-def _exact(x, weight, r, s, bias, needs) -> bool:
-    """Whether a gradient of weight, r or s is wanted in float32 beside an x of 16 bits."""
+def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
+    """How to run: as forced, or else as the table of the device says."""
     held = zip((weight, r, s), needs[1:4], strict=True)
-    return any(need and t.dtype != x.dtype for t, need in held)
+    exact = any(need and t.dtype != x.dtype for t, need in held)
+    if name == "torch":
+        plan = COMPOSED
+    elif backend == "triton" or _dispatch.FORCED == "triton":
+        plan = FUSED
+    else:
+        plan = plan_for(x, weight, (r, s), sizes, needs, exact)
+    return plan._replace(backward=EXACT.get(plan.backward, plan.backward)) if exact else plan
 
 
-def _forward(x, weight, r, s, bias, members, batch_major, way) -> tuple[Tensor, Tensor | None]:
+def _forward(x, weight, r, s, bias, members, batch_major, relu, way):
     """(y, z or None)"""
     if way == "fused":
-        return forward_op(x, weight, r, s, bias, members, batch_major), None
-    return composed(x, *rounded(x.dtype, weight, r, s, bias), members, batch_major)
+        return forward_op(x, weight, r, s, bias, members, batch_major, relu), None
+    return composed(x, *rounded(x.dtype, weight, r, s, bias), members, batch_major, relu)
 
 
 class _BatchEnsembleLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, r, s, bias, members, batch_major, forward, backward):
-        y, z = _forward(x, weight, r, s, bias, members, batch_major, forward)
+    def forward(ctx, x, weight, r, s, bias, members, batch_major, relu, forward, backward):
+        y, z = _forward(x, weight, r, s, bias, members, batch_major, relu, forward)
         keep_z = backward == "composed" and ctx.needs_input_grad[3]
-        ctx.save_for_backward(x, weight, r, s, z if keep_z else None)
+        ctx.save_for_backward(x, weight, r, s, z if keep_z else None, y if relu else None)
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.bias_dtype = x.dtype if bias is None else bias.dtype
         ctx.batch_major, ctx.plan = batch_major, backward
@@ -249,19 +197,21 @@ class _BatchEnsembleLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         with without_autocast(dy.device.type):  # gradients stay in the dtypes of the op
-            return *_BatchEnsembleLinear.gradients(ctx, dy), None, None, None, None
+            return *_BatchEnsembleLinear.gradients(ctx, dy), *[None] * 5
 
     @staticmethod
     def gradients(ctx, dy):
-        x, weight, r, s, z = ctx.saved_tensors
+        x, weight, r, s, z, y = ctx.saved_tensors
         needs, batch_major = ctx.needs_input_grad[:5], ctx.batch_major
+        if y is not None:
+            dy = torch.ops.aten.threshold_backward(dy, y.detach(), 0)
         if wants_graph():
             layout = "batch_major" if batch_major else "member_major"
             bias = None
             if ctx.bias_shape is not None:
                 bias = dy.new_zeros(ctx.bias_shape, dtype=ctx.bias_dtype).requires_grad_()
 
-            def definition(*tensors):
+            def definition(*tensors):  # up to the activation
                 return batch_ensemble_linear_reference(*tensors, layout=layout)
 
             return reference_backward(definition, (x, weight, r, s, bias), needs, dy)

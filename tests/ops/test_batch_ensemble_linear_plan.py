@@ -128,7 +128,7 @@ def automatic(monkeypatch):
 
     architecture._dynamo_marked_constant = True
     monkeypatch.setattr(PAGE, "pick", lambda op, backend, tensor: "triton")
-    monkeypatch.setattr(PAGE, "_architecture", architecture)
+    monkeypatch.setattr(plan, "architecture", architecture)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def automatic(monkeypatch):
     ids=str,
 )
 def test_every_plan_computes_the_same(way, automatic, monkeypatch, device):
-    monkeypatch.setattr(PAGE, "_chosen", lambda problem, needs: way)
+    monkeypatch.setattr(plan, "chosen", lambda problem, needs: way)
     arguments = inputs(device)
     dy = torch.randn(2, 5, 16, device=device)
     y = batch_ensemble_linear(*arguments)
@@ -157,7 +157,7 @@ def test_every_plan_computes_the_same(way, automatic, monkeypatch, device):
 
 def test_fused_forward_before_a_composed_backward(automatic, monkeypatch, device):
     """Possible where ds is not wanted, and z therefore not missed."""
-    monkeypatch.setattr(PAGE, "_chosen", lambda problem, needs: Plan("fused", "composed"))
+    monkeypatch.setattr(plan, "chosen", lambda problem, needs: Plan("fused", "composed"))
     x, weight, r, s, bias = inputs(device)
     tensors = (x, weight, r, bias)
     dy = torch.randn(2, 5, 16, device=device)
@@ -169,7 +169,7 @@ def test_fused_forward_before_a_composed_backward(automatic, monkeypatch, device
 
 def test_the_plan_is_asked_only_when_nothing_is_forced(automatic, monkeypatch, device):
     asked = []
-    monkeypatch.setattr(PAGE, "_chosen", lambda problem, needs: asked.append(needs) or FUSED)
+    monkeypatch.setattr(plan, "chosen", lambda problem, needs: asked.append(needs) or FUSED)
     arguments = inputs(device)
     batch_ensemble_linear(*arguments, backend="triton")
     monkeypatch.setattr(PAGE._dispatch, "FORCED", "triton")
@@ -184,7 +184,7 @@ def test_the_plan_is_asked_only_when_nothing_is_forced(automatic, monkeypatch, d
 def test_problem_is_read_off_the_arguments(automatic, monkeypatch, device):
     problems = []
     monkeypatch.setattr(
-        PAGE, "_chosen", lambda problem, needs: problems.append(problem) or Plan("fused", "H")
+        plan, "chosen", lambda problem, needs: problems.append(problem) or Plan("fused", "H")
     )
     x, weight, r, s, bias = (t.detach() for t in inputs(device, 3, 7, 16, 32))
     batch_ensemble_linear(x, weight, r, s, bias)
