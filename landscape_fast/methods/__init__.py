@@ -3,17 +3,24 @@
 from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import DeepEnsemble, Trained, train_deep_ensemble
+from landscape_fast.methods.hyper_deep import HyperDeep, WeightedEnsemble, train_hyper_deep
 from landscape_fast.methods.interrupt import TrainingInterrupted
 from landscape_fast.methods.optim import make_optimizer, param_groups
+from landscape_fast.methods.search_space import Choice, LogUniform, Uniform
 from landscape_fast.methods.selection import Selection, select_members
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 
 __all__ = [
+    "Choice",
     "DeepEnsemble",
+    "HyperDeep",
+    "LogUniform",
     "Selection",
     "TrainConfig",
     "Trained",
     "TrainingInterrupted",
+    "Uniform",
+    "WeightedEnsemble",
     "fit",
     "gibbs_cross_entropy",
     "make_optimizer",
@@ -22,4 +29,5 @@ __all__ = [
     "select_members",
     "train_batch_ensemble",
     "train_deep_ensemble",
+    "train_hyper_deep",
 ]

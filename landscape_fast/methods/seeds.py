@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-_PURPOSES = {"init": 0, "order": 1, "noise": 2}
+_PURPOSES = {"init": 0, "order": 1, "noise": 2, "split": 5, "search": 6, "tune": 7}
 
 
 def stream_seed(seed: int, stream: int, purpose: str, index: int = 0) -> int:
@@ -15,7 +15,9 @@ def stream_seed(seed: int, stream: int, purpose: str, index: int = 0) -> int:
     Args:
         seed: the run's seed.
         stream: which network of the run (the member of a deep ensemble).
-        purpose: "init" (initial weights), "order" (rows of an epoch) or "noise" (dropout).
+        purpose: "init" (initial weights), "order" (rows of an epoch), "noise" (dropout), "split"
+            (which rows are held out), "search" (settings of a trial) or "tune" (steps on rows held
+            out).
         index: a counter within the purpose, for instance the epoch.
 
     Returns:

@@ -33,6 +33,10 @@ from landscape_fast.ops._checks import require
 History = list[dict[str, Any]]
 
 
+class Diverged(RuntimeError):
+    """The loss of a training run stopped being finite."""
+
+
 def gibbs_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy (nats) over members and rows: every member learns every row.
 
@@ -91,7 +95,7 @@ def fit(
     Raises:
         TrainingInterrupted: a KeyboardInterrupt; after Ctrl-C, when the checkpoint is written.
         ValueError: if the rows do not fit together, or the checkpoint belongs to another run.
-        RuntimeError: if the loss stops being finite.
+        Diverged: a RuntimeError; if the loss stops being finite.
     """
     device = next(model.parameters()).device
     require(
@@ -223,7 +227,7 @@ class _Run:
 
     def _close_epoch(self, epoch: int, lr: float, loss: float, right: float, rows: float) -> None:
         if not math.isfinite(loss):
-            raise RuntimeError(
+            raise Diverged(
                 f"fit: the loss must be finite; got {loss} in epoch {epoch + 1} of "
                 f"{self.label}; lower the learning rate (now {self.config.lr})"
             )

@@ -18,10 +18,10 @@ def test_every_argument_makes_another_stream():
         stream_seed(seed, stream, purpose, index)
         for seed in (0, 1)
         for stream in range(8)
-        for purpose in ("init", "order", "noise")
+        for purpose in ("init", "order", "noise", "split", "search", "tune")
         for index in range(4)
     }
-    assert len(seeds) == 2 * 8 * 3 * 4
+    assert len(seeds) == 2 * 8 * 6 * 4
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # torch on the CPU keeps 32 bits
 
 
