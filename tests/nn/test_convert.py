@@ -145,9 +145,9 @@ def test_factors_come_from_the_generator():
     assert not torch.equal(nets[0]["blocks.0.conv1.r"], nets[0]["blocks.1.conv1.r"])
 
 
-def spoil(change):
+def spoil(change, make_layer=lambda: nn.Linear(4, 4)):
     def make():
-        net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+        net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(make_layer()))
         change(net[1][0])
         return net
 
@@ -155,6 +155,10 @@ def spoil(change):
 
 
 class Mine(nn.Linear):
+    pass
+
+
+class Attention(nn.MultiheadAttention):
     pass
 
 
@@ -173,19 +177,21 @@ REFUSED = [
     (spoil(nn.utils.parametrizations.spectral_norm), "free of parametrizations; got weight"),
     (
         lambda: nn.Sequential(nn.Linear(4, 4), Mine(4, 4)),
-        "'1' must be an nn.Linear or nn.Conv2d, not a subclass; got Mine; exclude='1'",
+        "'1' must be an nn.Linear, not a subclass; got Mine; exclude='1'",
     ),
     (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)),
         "not a subclass; got LazyLinear",
     ),
     (
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)),
-        "'1.out_proj' must be called by what is around it; got MultiheadAttention, which reads",
+        spoil(lambda m: None, lambda: Attention(4, 2)),
+        "'1.0' must be an nn.MultiheadAttention, not a subclass; got Attention",
     ),
     (
-        lambda: nn.TransformerEncoderLayer(4, 2, 8),
-        "must be called by what is around it; got .*, which reads its weights instead",
+        spoil(
+            lambda m: m.out_proj.register_forward_hook(print), lambda: nn.MultiheadAttention(4, 2)
+        ),
+        "'1.0' must be free of hooks; got _forward_hooks",
     ),
 ]
 
@@ -219,7 +225,7 @@ def test_an_error_in_the_options_changes_nothing():
         (lambda: convert_([], 2), "convert_: model must be an nn.Module; got list"),
         (
             lambda: convert_(nn.Sequential(nn.ReLU()), 2),
-            "model must be a network with an nn.Linear or nn.Conv2d to convert; got Sequential",
+            "model must be a network with layers to convert; got Sequential",
         ),
         (lambda: convert_(convert_(Net(), 2), 2), "got Net with none selected"),
         (lambda: convert_(Net(), 2, exclude=Net), "got Net with none selected"),
