@@ -1,6 +1,7 @@
 """What an ensemble looks like: how its members differ, how its confidence fits, and the figures."""
 
 from landscape_fast.landscape.diversity import (
+    Diagnosis,
     DiversityPoints,
     PairDiversity,
     diagnose,
@@ -13,6 +14,7 @@ from landscape_fast.landscape.plots import accuracy_diversity, heat_maps, reliab
 from landscape_fast.landscape.reliability import ReliabilityBins, reliability_bins
 
 __all__ = [
+    "Diagnosis",
     "DiversityPoints",
     "PairDiversity",
     "ReliabilityBins",

@@ -6,6 +6,7 @@ from landscape_fast.methods.deep import DeepEnsemble, Trained, train_deep_ensemb
 from landscape_fast.methods.hyper_deep import HyperDeep, WeightedEnsemble, train_hyper_deep
 from landscape_fast.methods.interrupt import TrainingInterrupted
 from landscape_fast.methods.optim import make_optimizer, param_groups
+from landscape_fast.methods.recipes import batch_ensemble_recipe, single_recipe
 from landscape_fast.methods.search_space import Choice, LogUniform, Uniform
 from landscape_fast.methods.selection import Selection, select_members
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
@@ -21,12 +22,14 @@ __all__ = [
     "TrainingInterrupted",
     "Uniform",
     "WeightedEnsemble",
+    "batch_ensemble_recipe",
     "fit",
     "gibbs_cross_entropy",
     "make_optimizer",
     "param_groups",
     "predict",
     "select_members",
+    "single_recipe",
     "train_batch_ensemble",
     "train_deep_ensemble",
     "train_hyper_deep",

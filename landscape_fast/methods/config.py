@@ -6,6 +6,8 @@ import math
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
 MEMBER_BIAS = ("slow", "fast")
+MEMBER_BATCHES = ("shared", "own")
+AUGMENTS = ("none", "crop_flip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,16 +16,20 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training rows.
-        batch_size: rows per step; the last batch of an epoch may be smaller.
+        batch_size: fresh rows per step, so many of the training rows; the last batch of an epoch
+            may be smaller. Each member sees so many: a step of M members computes
+            M * batch_size rows, whatever `member_batches` says.
         optimizer: "sgd" (Nesterov where `momentum` > 0), "adam" or "adamw".
         lr: learning rate at the end of the warm-up.
         momentum: of SGD; the other optimisers ignore it.
         weight_decay: of the shared parameters, as the torch optimiser defines it (a Keras
             regulariser l2(c) is `weight_decay=2 * c`).
         schedule: "constant", "cosine" (to 0 at the last step) or "step" (times `step_factor`
-            every `step_epochs` epochs).
-        step_epochs: epochs between two drops of the "step" schedule.
+            after every `step_epochs` epochs, or at `milestones`).
+        step_epochs: epochs between two drops of the "step" schedule without milestones.
         step_factor: factor of one drop.
+        milestones: numbers of finished epochs at which the "step" schedule drops; () for every
+            `step_epochs`.
         warmup_epochs: linear rise from 0 at the start; may be a fraction.
         label_smoothing: fraction in [0, 1) of the target spread over all classes.
         fast_lr_mult: learning rate of the factors r and s, as a multiple of `lr`; see
@@ -31,6 +37,11 @@ class TrainConfig:
         fast_weight_decay: of the factors.
         member_bias: "slow" or "fast": whether a bias per member learns with `lr` or with the
             factors' rate.
+        member_batches: "shared": every member sees the same batch, which is the default of the
+            authors of BatchEnsemble; "own": each member draws its own permutation of all rows, so
+            the members see different rows in one step. Plain networks make no difference.
+        augment: "none", or "crop_flip" for images: a random shift by up to 4 pixels, with zeros
+            where the image ends, and a random flip left to right.
         seed: non-negative; every random stream of the run is derived from it.
 
     Raises:
@@ -46,11 +57,14 @@ class TrainConfig:
     schedule: str = "cosine"
     step_epochs: int = 10
     step_factor: float = 0.5
+    milestones: tuple[int, ...] = ()
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
     fast_lr_mult: float = 1.0
     fast_weight_decay: float = 0.0
     member_bias: str = "slow"
+    member_batches: str = "shared"
+    augment: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,9 +95,29 @@ class TrainConfig:
             "at most epochs",
             f"with epochs {self.epochs}",
         )
+        if isinstance(self.milestones, list):  # as JSON has it
+            object.__setattr__(self, "milestones", tuple(self.milestones))
+        self._require(
+            "milestones",
+            isinstance(self.milestones, tuple)
+            and all(_is_int(epoch, 1) for epoch in self.milestones)
+            and sorted(set(self.milestones)) == list(self.milestones),
+            "rising integers of at least 1",
+        )
+        self._require(
+            "milestones",
+            not self.milestones or self.schedule == "step",
+            "() unless the schedule is 'step'",
+            f"with schedule {self.schedule!r}",
+        )
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}")
-        self._require("member_bias", self.member_bias in MEMBER_BIAS, f"one of {MEMBER_BIAS}")
+        for name, known in (
+            ("member_bias", MEMBER_BIAS),
+            ("member_batches", MEMBER_BATCHES),
+            ("augment", AUGMENTS),
+        ):
+            self._require(name, getattr(self, name) in known, f"one of {known}")
 
     def _require(self, name: str, ok: bool, rule: str, more: str = "") -> None:
         if not ok:
@@ -100,7 +134,9 @@ class TrainConfig:
             done = (step - warmup) / max(1.0, total - warmup)
             return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         if self.schedule == "step":
-            return self.step_factor ** (step // steps_per_epoch // self.step_epochs)
+            epoch = step // steps_per_epoch
+            drops = sum(epoch >= milestone for milestone in self.milestones)
+            return self.step_factor ** (drops if self.milestones else epoch // self.step_epochs)
         return 1.0
 
 

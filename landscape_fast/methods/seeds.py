@@ -6,36 +6,54 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-_PURPOSES = {"init": 0, "order": 1, "noise": 2, "split": 5, "search": 6, "tune": 7}
+_PURPOSES = {
+    "init": 0,
+    "order": 1,
+    "noise": 2,
+    "member order": 3,
+    "augment": 4,
+    "split": 5,
+    "search": 6,
+    "tune": 7,
+}
 
 
-def stream_seed(seed: int, stream: int, purpose: str, index: int = 0) -> int:
+def stream_seed(seed: int, stream: int, purpose: str, *index: int) -> int:
     """Seed of one random stream; streams that differ in any argument are independent.
 
     Args:
         seed: the run's seed.
         stream: which network of the run (the member of a deep ensemble).
-        purpose: "init" (initial weights), "order" (rows of an epoch), "noise" (dropout), "split"
-            (which rows are held out), "search" (settings of a trial) or "tune" (steps on rows held
-            out).
-        index: a counter within the purpose, for instance the epoch.
+        purpose: "init" (initial weights), "order" (rows of an epoch), "member order" (rows of an
+            epoch for one member), "augment" (random crops), "noise" (dropout), "split" (which rows
+            are held out), "search" (settings of a trial) or "tune" (steps on rows held out).
+        index: counters within the purpose, for instance the epoch; none is the same as 0.
 
     Returns:
         An integer in [0, 2^64), the same on every machine (`numpy.random.SeedSequence`).
     """
     if purpose not in _PURPOSES:
         raise ValueError(f"stream_seed: purpose must be one of {tuple(_PURPOSES)}; got {purpose!r}")
-    key = (stream, _PURPOSES[purpose], index)
+    key = (stream, _PURPOSES[purpose], *(index or (0,)))
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
-def epoch_order(rows: int, seed: int, stream: int, epoch: int) -> torch.Tensor:
-    """[rows] int64 on the CPU: the order of the training rows in one epoch.
+def epoch_order(rows: int, seed: int, stream: int, epoch: int, members: int = 0) -> torch.Tensor:
+    """The order of the training rows in one epoch, int64 on the CPU.
 
     It depends on its arguments only, so a resumed run needs no stored state to continue it.
+
+    Returns:
+        [rows]; with `members` M above 0 one independent order per member, [M, rows].
     """
-    generator = torch.Generator().manual_seed(stream_seed(seed, stream, "order", epoch))
-    return torch.randperm(rows, generator=generator)
+    if members:
+        keys = [("member order", epoch, member) for member in range(members)]
+        return torch.stack([_permutation(rows, stream_seed(seed, stream, *key)) for key in keys])
+    return _permutation(rows, stream_seed(seed, stream, "order", epoch))
+
+
+def _permutation(rows: int, seed: int) -> torch.Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from landscape_fast.methods.batches import Batches
 from landscape_fast.methods.checkpoint import (
     describe_model,
     describe_rows,
@@ -21,13 +22,8 @@ from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.interrupt import TrainingInterrupted, deferred_interrupt
 from landscape_fast.methods.optim import make_optimizer
 from landscape_fast.methods.progress import Progress
-from landscape_fast.methods.seeds import (
-    epoch_order,
-    isolated_rng,
-    rng_state,
-    set_rng_state,
-    stream_seed,
-)
+from landscape_fast.methods.seeds import isolated_rng, rng_state, set_rng_state, stream_seed
+from landscape_fast.nn import FoldedEnsemble, split_members
 from landscape_fast.ops._checks import require
 
 History = list[dict[str, Any]]
@@ -42,7 +38,7 @@ def gibbs_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float 
 
     Args:
         logits: [M, B, C], or [B, C] of a single network.
-        targets: [B] integer classes, the same for all members.
+        targets: [B] integer classes, the same for all members, or [M, B].
         label_smoothing: fraction of the target spread over all classes.
 
     Returns:
@@ -54,7 +50,7 @@ def gibbs_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float 
         tensor(1.3863)
     """
     if logits.ndim == 3:
-        targets = targets.expand(logits.shape[0], -1).flatten()
+        targets = targets.expand(logits.shape[:2]).flatten()
         logits = logits.flatten(0, 1)
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
@@ -76,7 +72,9 @@ def fit(
     """Trains `model` in place; same arguments, machine and build: same bits, resumed or not.
 
     Args:
-        model: maps rows [B, ...] to logits [B, C] or [M, B, C]; it stays on its device.
+        model: maps rows [B, ...] to logits [B, C] or [M, B, C]; it stays on its device. With
+            `config.member_batches="own"` a model of members is given [M, B, ...] (a
+            `FoldedEnsemble` gets the folded rows), as the networks of `landscape_fast.models` take.
         x: [N, ...] training rows, moved to the model's device once.
         y: [N] int64 classes.
         config: the settings.
@@ -122,10 +120,12 @@ class _Run:
     """State of one call of `fit`: what a checkpoint holds, and what makes it."""
 
     def __init__(self, model, x, y, config, stream, label, checkpoint, on_step) -> None:
-        self.model, self.x, self.y, self.config = model, x, y, config
+        self.model, self.config = model, config
         self.stream, self.label, self.checkpoint, self.on_step = stream, label, checkpoint, on_step
         self.device = x.device
-        self.steps_per_epoch = math.ceil(x.shape[0] / config.batch_size)
+        self.members = count_members(model, x) if config.member_batches == "own" else 0
+        self.batches = Batches(x, y, config, stream, self.members)
+        self.steps_per_epoch = len(self.batches)
         self.optimizer = make_optimizer(model, config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: config.lr_factor(step, self.steps_per_epoch)
@@ -196,11 +196,10 @@ class _Run:
 
     def _epoch(self, epoch: int, interrupted: Any, progress: Progress) -> None:
         began = time.perf_counter() - self.seconds
-        order = epoch_order(self.x.shape[0], self.config.seed, self.stream, epoch).to(self.device)
-        batches = order.split(self.config.batch_size)
+        self.batches.open(epoch)
         for index in range(self.step - epoch * self.steps_per_epoch, self.steps_per_epoch):
             lr = self.optimizer.param_groups[0]["lr"]
-            self._one_step(batches[index])
+            self._one_step(*self.batches[index])
             self.step += 1
             progress.step()
             if self.on_step is not None:
@@ -213,9 +212,8 @@ class _Run:
         self.seconds = time.perf_counter() - began
         self._close_epoch(epoch, lr, *totals)
 
-    def _one_step(self, rows: Tensor) -> None:
-        x, y = self.x[rows], self.y[rows]
-        logits = self.model(x)
+    def _one_step(self, x: Tensor, y: Tensor) -> None:
+        logits = self._logits(x)
         loss = gibbs_cross_entropy(logits, y, self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -223,7 +221,12 @@ class _Run:
         self.scheduler.step()
         with torch.no_grad():
             right = (logits.argmax(-1) == y).double().mean()
-            self.sums += torch.stack([loss.double(), right, torch.ones_like(right)]) * len(rows)
+            self.sums += torch.stack([loss.double(), right, torch.ones_like(right)]) * y.shape[-1]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.members and isinstance(self.model, FoldedEnsemble):  # it would share the batch
+            return split_members(self.model.model(x.flatten(0, 1)), self.members)
+        return self.model(x)
 
     def _close_epoch(self, epoch: int, lr: float, loss: float, right: float, rows: float) -> None:
         if not math.isfinite(loss):
@@ -241,6 +244,17 @@ class _Run:
             }
         )
         self.sums, self.seconds = self._zero_sums(), 0.0
+
+
+@torch.no_grad()
+def count_members(model: nn.Module, x: Tensor) -> int:
+    """M of a model that maps [B, ...] to [M, B, C]; 0 of one that maps to [B, C]. Runs one row."""
+    was_training = model.training
+    try:
+        y = model.eval()(x[:1])
+    finally:
+        model.train(was_training)
+    return y.shape[0] if y.ndim == 3 else 0
 
 
 @torch.no_grad()

@@ -172,7 +172,11 @@ def compare(
             results["deep"] = _measure("deep", trained, dataset)
     if "batch" in methods:
         trained = train_batch_ensemble(
-            partial(problem.network, dataset, ensemble=True), *rows, **options
+            partial(problem.network, dataset, ensemble=True),
+            *rows,
+            **options,
+            test=(dataset.test_x, dataset.test_y),
+            report=False,  # the notes of the study say it
         )
         results["batch"] = _measure("batch", trained, dataset)
     return results

@@ -103,6 +103,11 @@ def make_document(
             for method, result in results.items()
             if len(result.logits) > 1
         },
+        "diversity": {
+            method: diagnose(result.logits, dataset.test_y).numbers()
+            for method, result in results.items()
+            if len(result.logits) > 1
+        },
         "histories": {method: result.histories for method, result in results.items()},
         "versions": {
             "landscape_fast": landscape_fast.__version__,
@@ -116,7 +121,7 @@ def make_document(
 
 
 def make_notes(results: dict[str, Result], dataset: Dataset) -> list[str]:
-    """What to know when reading the table, in sentences; diversity warnings among them."""
+    """What to know when reading the table, in sentences; how the members differ among them."""
     rows, best = len(dataset.test_y), max(r.row["accuracy"] for r in results.values())
     lines = [
         f"{rows:,} test rows: the standard error of an accuracy of {best:.2%} is "
@@ -126,7 +131,8 @@ def make_notes(results: dict[str, Result], dataset: Dataset) -> list[str]:
         lines.append("single: the first member of deep, trained once and counted in both rows")
     for method, result in results.items():
         if len(result.logits) > 1:
-            lines += [f"{method}: {line}" for line in diagnose(result.logits, dataset.test_y)]
+            found = diagnose(result.logits, dataset.test_y)
+            lines += [f"{method}: {line}" for line in found.lines]
     return lines
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -15,6 +17,12 @@ BAD = [
     ("fast_lr_mult", float("inf"), "a finite number above 0"),
     ("fast_weight_decay", -0.1, "a finite number of at least 0"),
     ("member_bias", "shared", "one of"),
+    ("member_batches", "tiled", "one of"),
+    ("augment", "mixup", "one of"),
+    ("milestones", (2, 2), "rising integers of at least 1"),
+    ("milestones", (0, 2), "rising integers of at least 1"),
+    ("milestones", 3, "rising integers of at least 1"),
+    ("milestones", (3,), r"\(\) unless the schedule is 'step'"),
     ("weight_decay", -1e-4, "a finite number of at least 0"),
     ("warmup_epochs", -1, "a finite number of at least 0"),
     ("warmup_epochs", 11, "at most epochs"),
@@ -27,7 +35,9 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value", "rule"), BAD)
 def test_a_setting_out_of_its_range_is_refused(name, value, rule):
-    with pytest.raises(ValueError, match=rf"^TrainConfig: {name} must be {rule}.*; got {value!r}"):
+    with pytest.raises(
+        ValueError, match=rf"^TrainConfig: {name} must be {rule}.*; got {re.escape(repr(value))}"
+    ):
         TrainConfig(epochs=10, **{name: value}) if name != "epochs" else TrainConfig(epochs=value)
 
 
@@ -40,6 +50,13 @@ def test_constant_and_step_schedules():
     assert factors(schedule="constant") == [1.0] * 20
     expected = [1.0] * 10 + [0.1] * 10
     assert factors(schedule="step", step_epochs=2, step_factor=0.1) == expected
+
+
+def test_milestones_say_after_how_many_epochs_the_rate_drops():
+    expected = [1.0] * 5 + [0.1] * 10 + [0.1**2] * 5
+    assert factors(schedule="step", milestones=(1, 3, 9), step_factor=0.1) == expected
+    # as a JSON file has them
+    assert TrainConfig(schedule="step", milestones=[1, 3]).milestones == (1, 3)
 
 
 def test_cosine_falls_from_one_to_almost_zero():

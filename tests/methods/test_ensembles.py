@@ -3,12 +3,14 @@ import torch
 from methods.problem import CONFIG, MEMBERS, batch_ensemble, plain, rows
 from torch import nn
 
+from landscape_fast.landscape import diagnose
 from landscape_fast.methods import (
     DeepEnsemble,
     predict,
     train_batch_ensemble,
     train_deep_ensemble,
 )
+from landscape_fast.nn import BatchEnsembleLinear
 
 
 def test_a_deep_ensemble_stacks_its_members():
@@ -58,7 +60,41 @@ def test_a_deep_ensemble_needs_members(members):
 def test_a_plain_network_is_no_batch_ensemble():
     with pytest.raises(
         ValueError,
-        match=r"train_batch_ensemble: build must be .*; got output "
-        r"\[1, 3\]; give its layers members=",
+        match=r"train_batch_ensemble: build must be .*; got one without a member dimension; "
+        r"give its layers members=",
     ):
         train_batch_ensemble(lambda: nn.Linear(2, 3), *rows(), CONFIG, progress=False)
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_every_batch_ensemble_comes_with_its_diversity(tested, capsys):
+    """Measured on the rows given, else on training rows, and printed unless told not to."""
+    x, y = rows()
+    test = (x[:20] + 0.1, y[:20]) if tested else None
+    trained = train_batch_ensemble(batch_ensemble, x, y, CONFIG, progress=False, test=test)
+    where = test if tested else (x, y)
+    assert trained.diversity == diagnose(predict(trained.model, where[0]), where[1])
+    lines = capsys.readouterr().err.splitlines()
+    kind = "20 test" if tested else "50 training"
+    assert lines == [
+        f"BatchEnsemble of 3, on {kind} rows:",
+        *(f"- {text}" for text in trained.diversity.lines),
+    ]
+    train_batch_ensemble(batch_ensemble, x, y, CONFIG, progress=False, test=test, report=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_members_that_start_equal_are_reported_as_identical(capsys):
+    def build():
+        return nn.Sequential(BatchEnsembleLinear(2, 8, 3), nn.ReLU(), BatchEnsembleLinear(8, 3, 3))
+
+    trained = train_batch_ensemble(build, *rows(), CONFIG, progress=False)
+    assert trained.diversity.nearly_identical and trained.diversity.js == 0
+    assert "WARNING: the members are nearly identical" in capsys.readouterr().err
+
+
+def test_one_member_has_nothing_to_report(capsys):
+    trained = train_batch_ensemble(
+        lambda: BatchEnsembleLinear(2, 3, members=1), *rows(), CONFIG, progress=False
+    )
+    assert trained.diversity is None and capsys.readouterr().err == ""

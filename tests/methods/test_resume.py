@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,25 @@ from landscape_fast.methods import (
     train_batch_ensemble,
     train_deep_ensemble,
 )
+from landscape_fast.models import ResNet
+from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear
+
+PICTURES = dataclasses.replace(
+    CONFIG, schedule="step", milestones=(1, 2), augment="crop_flip", member_batches="own"
+)
+
+
+def pictures():
+    return rows()[0].repeat(1, 32).view(-1, 1, 8, 8), rows()[1]
+
+
+def residual():
+    """Norms keep running statistics, which a checkpoint must hold, too."""
+    signs = {"members": MEMBERS, "r_init": "random_sign"}
+    factories = {"conv": partial(BatchEnsembleConv2d, **signs),
+                 "linear": partial(BatchEnsembleLinear, **signs)}  # fmt: skip
+    return ResNet((1, 8, 8), 3, blocks=1, dropout=0.1, **factories)
+
 
 TRAIN = {
     "deep": lambda **kw: train_deep_ensemble(
@@ -21,6 +41,16 @@ TRAIN = {
     ),
     "batch": lambda **kw: train_batch_ensemble(
         batch_ensemble, *rows(), CONFIG, progress=False, **kw
+    ),
+    "own": lambda **kw: train_batch_ensemble(
+        batch_ensemble,
+        *rows(),
+        dataclasses.replace(CONFIG, member_batches="own"),
+        progress=False,
+        **kw,
+    ),
+    "pictures": lambda **kw: train_batch_ensemble(
+        residual, *pictures(), PICTURES, progress=False, **kw
     ),
 }
 
@@ -48,7 +78,9 @@ def numbers(histories):
 def assert_same(trained, expected):
     for name, value in expected.model.state_dict().items():
         assert torch.equal(trained.model.state_dict()[name], value), name
-    assert torch.equal(predict(trained.model, rows()[0]), predict(expected.model, rows()[0]))
+    x = pictures()[0] if isinstance(expected.model, ResNet) else rows()[0]
+    assert torch.equal(predict(trained.model, x), predict(expected.model, x))
+    assert trained.diversity == expected.diversity
     assert numbers(trained.histories) == numbers(expected.histories)
 
 
@@ -58,6 +90,10 @@ CASES = [
     ("batch", 6),
     ("batch", 8),
     ("batch", STEPS),
+    ("own", 6),
+    ("own", 8),
+    ("pictures", 6),
+    ("pictures", 8),
     ("deep", 3),
     ("deep", 4),
     ("deep", STEPS),
@@ -163,6 +199,7 @@ OTHER = [
     ("epochs", 4, r"epochs 3 \(now 4\)"),
     ("seed", 6, r"seed 5 \(now 6\)"),
     ("optimizer", "sgd", r"optimizer 'adam' \(now 'sgd'\)"),
+    ("member_batches", "own", r"member_batches 'shared' \(now 'own'\)"),
 ]
 
 

@@ -11,6 +11,7 @@ from landscape_fast.methods.seeds import (
 )
 
 CPU = torch.device("cpu")
+PURPOSES = ("init", "order", "noise", "member order", "augment", "split", "search", "tune")
 
 
 def test_every_argument_makes_another_stream():
@@ -18,10 +19,10 @@ def test_every_argument_makes_another_stream():
         stream_seed(seed, stream, purpose, index)
         for seed in (0, 1)
         for stream in range(8)
-        for purpose in ("init", "order", "noise", "split", "search", "tune")
+        for purpose in PURPOSES
         for index in range(4)
     }
-    assert len(seeds) == 2 * 8 * 6 * 4
+    assert len(seeds) == 2 * 8 * len(PURPOSES) * 4
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # torch on the CPU keeps 32 bits
 
 
@@ -30,6 +31,13 @@ def test_streams_are_the_same_on_every_machine():
     assert stream_seed(0, 0, "init") == 4189226428916626942
     sequence = np.random.SeedSequence(9, spawn_key=(3, 1, 7))
     assert stream_seed(9, 3, "order", 7) == sequence.generate_state(1, np.uint64)[0]
+
+
+def test_counters_may_be_several():
+    """Every member of an epoch its own; one counter counts as it always has."""
+    seeds = {stream_seed(0, 0, "member order", e, m) for e in range(4) for m in range(4)}
+    assert len(seeds | {stream_seed(0, 0, "member order", e) for e in range(4)}) == 20
+    assert stream_seed(0, 0, "noise") == stream_seed(0, 0, "noise", 0)
 
 
 def test_an_unknown_purpose_is_refused():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from landscape_fast.data import Dataset
-from landscape_fast.landscape.diversity import pair_diversity
+from landscape_fast.landscape.diversity import diagnose, pair_diversity
 from landscape_fast.methods import TrainConfig
 from landscape_fast.ops import ensemble_summary
 from landscape_fast.studies import report
@@ -110,6 +110,9 @@ def test_the_document_says_what_was_run(document, dataset, results):
     assert document["problem"]["members"] == 3
     assert document["versions"]["torch"] == torch.__version__
     assert list(document["pairs"]) == ["deep"]  # a single network has no pairs
+    found = document["diversity"]["deep"]
+    assert found == diagnose(results["deep"].logits, dataset.test_y).numbers()
+    assert found["rows"] == 40 and "lines" not in found
     assert document["pairs"]["deep"]["js"] == results["deep"].pairs.js.tolist()
     assert "toy: 8 training and 40 test rows; mlp, adam lr 0.001" in report.headline(document)
     assert "seed 3, cpu" in report.headline(document)
