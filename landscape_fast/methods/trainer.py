@@ -101,22 +101,12 @@ def fit(
     )
     require(y.shape == x.shape[:1], "fit", "y", f"[N] with N = {x.shape[0]}", list(y.shape))
     require(y.dtype == torch.int64, "fit", "y", "int64", y.dtype, "call .long()")
-    run = _Run(model, x.to(device), y.to(device), config, stream, label, checkpoint, on_step)
+    run = Run(model, x.to(device), y.to(device), config, stream, label, checkpoint, on_step)
     run.identity |= identity or {}
-    # cuDNN would otherwise pick among algorithms by timing, some of which use atomics
-    cudnn = torch.backends.cudnn
-    exact = cudnn.flags(
-        enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32
-    )
-    with exact, isolated_rng(stream_seed(config.seed, stream, "noise"), device):
-        if resume and checkpoint is not None and checkpoint.exists():
-            run.restore()
-        run.train(progress)
-    model.eval()
-    return run.history
+    return run.execute(resume, progress)
 
 
-class _Run:
+class Run:
     """State of one call of `fit`: what a checkpoint holds, and what makes it."""
 
     def __init__(self, model, x, y, config, stream, label, checkpoint, on_step) -> None:
@@ -145,25 +135,40 @@ class _Run:
         # loss * rows, right answers per member, rows; on the device, so no step waits for it
         return torch.zeros(3, dtype=torch.float64, device=self.device)
 
+    def execute(self, resume: bool, progress: bool) -> History:
+        """Trains to the end; from the checkpoint, where there is one and `resume` says so."""
+        # cuDNN would otherwise pick among algorithms by timing, some of which use atomics
+        cudnn = torch.backends.cudnn
+        exact = cudnn.flags(
+            enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32
+        )
+        noise = stream_seed(self.config.seed, self.stream, "noise")
+        with exact, isolated_rng(noise, self.device):
+            if resume and self.checkpoint is not None and self.checkpoint.exists():
+                self.load(load_checkpoint(self.checkpoint, self.identity))
+            self.train(progress)
+        self.model.eval()
+        return self.history
+
     def save(self) -> None:
         if self.checkpoint is not None:
-            save_checkpoint(
-                self.checkpoint,
-                self.identity,
-                {
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "rng": rng_state(self.device),
-                    "step": self.step,
-                    "sums": self.sums,
-                    "seconds": self.seconds,
-                    "history": self.history,
-                },
-            )
+            save_checkpoint(self.checkpoint, self.identity, self.state())
 
-    def restore(self) -> None:
-        state = load_checkpoint(self.checkpoint, self.identity)
+    def state(self) -> dict[str, Any]:
+        """All that a run which goes on from here needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": rng_state(self.device),
+            "step": self.step,
+            "sums": self.sums,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
