@@ -138,6 +138,7 @@ class TestStamp:
         monkeypatch.setattr(bootstrap, "make_venv", lambda *_: calls.append("venv"))
         monkeypatch.setattr(bootstrap, "install_own", install("own"))
         monkeypatch.setattr(bootstrap, "install_layer", install("layer"))
+        monkeypatch.setattr(bootstrap, "install_alone", lambda _: None)
         monkeypatch.setattr(bootstrap, "find_pip", lambda _: ["pip"])
         monkeypatch.setattr(bootstrap, "run", lambda *_, **__: True)
         monkeypatch.setattr(bootstrap, "answer", lambda _: "True")
@@ -189,6 +190,23 @@ class TestInstall:
         # `make` installs the test extra only: it must hold what the demo needs
         for name in ("plot", "progress"):
             assert set(extras[name]) <= set(extras["test"])
+
+        own = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["landscape_fast"]
+        assert list(bootstrap.requirements("alone").values()) == own["alone"]
+
+    def test_peers_come_without_their_requirements(self, bootstrap, monkeypatch, capfd):
+        """And where they cannot come, the set-up goes on."""
+        commands, there = [], {"torch": "2.13.0"}
+        monkeypatch.setattr(bootstrap, "answer", lambda _: json.dumps(there))
+        monkeypatch.setattr(bootstrap, "run", lambda c, **_: commands.append(c))
+        bootstrap.install_alone(["pip"])
+        (command,) = commands
+        assert command[:4] == ["pip", "install", "-q", "--no-deps"]
+        assert command[-1].startswith("torch-uncertainty")
+        assert "are skipped" in capfd.readouterr().err
+        there["torch_uncertainty"] = "0.13.0"
+        bootstrap.install_alone(["pip"])
+        assert len(commands) == 1
 
     def test_pip_from_wherever_it_is(self, bootstrap, monkeypatch):
         def answers(*working):

@@ -189,10 +189,13 @@ def find_pip(python: str) -> list | None:
     return from_outside if answer([*from_outside, "--version"]) is not None else None
 
 
-def requirements() -> dict:
-    """The requirements of the `test` extra (it contains the others that `make` uses), by name."""
+def requirements(extra: str = "test") -> dict:
+    """The requirements of the `test` extra (it contains the others that `make` uses), by name.
+
+    The list `alone` has packages whose own requirements must not come along.
+    """
     text = (ROOT / "pyproject.toml").read_text()
-    block = re.search(r"^test = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
+    block = re.search(rf"^{extra} = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
     found = re.findall(r'"([^"]+)"', block)
     return {re.match(r"[\w.-]+", requirement)[0]: requirement for requirement in found}
 
@@ -249,6 +252,16 @@ def install_layer(pip: list, parent: dict) -> None:
         raise Problem(f"python in .venv does not find the torch of {parent['executable']}")
 
 
+def install_alone(pip: list) -> None:
+    """Packages that the tests compare with, without their requirements; none of them is needed."""
+    versions = json.loads(answer([venv_python(), "-c", VERSIONS]) or "{}")
+    there = {normal(name) for name in versions}
+    missing = [need for name, need in requirements("alone").items() if normal(name) not in there]
+    quick = ["--retries", "0", "--timeout", "15"]
+    if missing and not run([*pip, "install", "-q", "--no-deps", *quick, *missing]):
+        say(f"{', '.join(missing)}: not installed; the tests that compare with it are skipped")
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -280,6 +293,7 @@ def install(python: str, parent: dict | None, kind: dict, key: str) -> Path:
         install_layer(pip, parent)
     else:
         install_own(pip)
+    install_alone(pip)
     if not run([venv_python(), "-c", SUMMARY]):
         raise Problem("the installed package does not import (see above)")
     STAMP.write_text(json.dumps({**kind, "key": key}))

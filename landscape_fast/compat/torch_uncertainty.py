@@ -8,6 +8,8 @@ that M does not divide is spread evenly (row n of N belongs to member n * M // N
 rows than members.
 """
 
+import math
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
@@ -47,7 +49,7 @@ class _Layer(nn.Module):
         for factor in (self.r_group, self.s_group):
             nn.init.normal_(factor, 1.0, 0.5, generator=generator)
         if self.bias is not None:
-            bound = self._plain.weight[0].numel() ** -0.5
+            bound = 1 / math.sqrt(self._plain.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound, generator=generator)
 
     @torch.no_grad()

@@ -1,0 +1,33 @@
+"""The packages that the compat classes stand in for, where they are installed."""
+import importlib.metadata
+import importlib.util
+import sys
+
+import pytest
+
+TU_LAYERS = "torch_uncertainty.layers.batch_ensemble"
+
+
+def tabm():
+    """The package `tabm`, or a skip."""
+    return pytest.importorskip("tabm")
+
+
+def torch_uncertainty_layers():
+    """Its module of BatchEnsemble layers alone, or a skip.
+
+    Importing the package itself would need torchvision, lightning and more; this file needs einops.
+    """
+    pytest.importorskip("einops")
+    if TU_LAYERS in sys.modules:
+        return sys.modules[TU_LAYERS]
+    try:
+        package = importlib.metadata.distribution("torch_uncertainty")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("torch_uncertainty is not installed")
+    path = package.locate_file("torch_uncertainty/layers/batch_ensemble.py")
+    spec = importlib.util.spec_from_file_location(TU_LAYERS, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[TU_LAYERS] = module  # under its own name, by which accelerate_ knows its classes
+    spec.loader.exec_module(module)
+    return module
