@@ -1,4 +1,4 @@
-"""How hyper_batch_linear is computed by library calls, forward and backward.
+"""The two ways to compute hyper_batch_linear: library calls, and the registered fused kernels.
 
 `x` is [M, B, I], [B, M, I] (`batch_major`) or shared, [B, I]; e, e_bias and outputs have the rows
 of y. u and v are None where they are r and s.
@@ -7,9 +7,11 @@ of y. u and v are None where they are r and s.
 import torch
 from torch import Tensor
 
+from landscape_fast.ops._batch_ensemble_linear_plan import tf32_allowed
 from landscape_fast.ops._batch_ensemble_linear_ways import members_dim, per_row, scaled
 from landscape_fast.ops._dispatch import rounded
 from landscape_fast.ops._hyper_batch import Inputs, held_in_float32, in_dtypes, tied
+from landscape_fast.ops._library import define
 
 
 def composed(t: Inputs, batch_major: bool) -> tuple[Tensor, Tensor]:
@@ -110,3 +112,93 @@ def _branch(d, x, weight, r, s, z, needs, batch_major: bool):
 def _of_members(t: Tensor, batch_major: bool) -> Tensor:
     """Shared rows [B, F] as those of every member."""
     return t if t.ndim == 3 else t.unsqueeze(members_dim(batch_major))
+
+
+def fused(t: Inputs, members: int, batch_major: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """(y, z2) by the kernel; z2 None unless it is kept."""
+    y, z2 = forward_op(*t, members, batch_major, keep)
+    return y, z2 if keep else None
+
+
+def fused_backward(
+    dy: Tensor, t: Inputs, z2: Tensor | None, needs: Inputs, batch_major: bool
+) -> list[Tensor | None]:
+    """Gradients by the kernels; those of e and the responding biases by library calls."""
+    by_kernel = needs._replace(e=False, delta_bias=False, e_bias=False)
+    others = needs._replace(bias=False)
+    low = Inputs(*rounded(t.x.dtype, *t)) if any((needs.e, needs.delta_bias, needs.e_bias)) else t
+    found = dict.fromkeys(Inputs._fields) | elementwise(dy, low, z2, others, batch_major)
+    if any(by_kernel):
+        gradients = backward_op(dy, *t[:9], list(by_kernel), batch_major)
+        for name, gradient in zip(BY_KERNEL, gradients, strict=True):
+            found[name] = gradient if getattr(by_kernel, name) else None
+    return in_dtypes(list(found.values()), t)
+
+
+BY_KERNEL = ("x", "weight", "delta", "r", "s", "u", "v", "bias")
+
+
+def _forward_fake(
+    x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias, members, batch_major, keep
+):
+    B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
+    rows = (B, members) if batch_major else (members, B)
+    y = x.new_empty(*rows, weight.shape[0])
+    return y, x.new_empty(y.shape if keep else (0,))
+
+
+def _forward_impl(
+    x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias, members, batch_major, keep
+):
+    from landscape_fast.kernels.hyper_batch_linear import hyper_batch_linear_fwd
+
+    t = Inputs(x, *rounded(x.dtype, weight, delta), e, r, s, u, v, bias, delta_bias, e_bias)
+    y, z = _forward_fake(*t, members, batch_major, keep)
+    rows = {name: _member_major(getattr(t, name), batch_major) for name in ("x", "e", "e_bias")}
+    outputs = [_member_major(y, batch_major), _member_major(z, batch_major) if keep else None]
+    hyper_batch_linear_fwd(*t._replace(**rows), *outputs, tf32_allowed())
+    return y, z
+
+
+def _backward_fake(dy, x, weight, delta, e, r, s, u, v, bias, needs, batch_major):
+    held = (x, weight, delta, r, s, u, v, bias)
+    wanted = Inputs(*needs)
+    return tuple(
+        x.new_empty(t.shape, dtype=t.dtype) if getattr(wanted, name) else x.new_empty(0)
+        for name, t in zip(BY_KERNEL, held, strict=True)
+    )
+
+
+def _backward_impl(dy, x, weight, delta, e, r, s, u, v, bias, needs, batch_major):
+    from landscape_fast.kernels.hyper_batch_linear_backward import hyper_batch_linear_bwd
+
+    t, needs = Inputs(x, weight, delta, e, r, s, u, v, bias), Inputs(*needs)
+    found = _backward_fake(dy, *t[:9], needs, batch_major)
+    wanted = [g if getattr(needs, n) else None for n, g in zip(BY_KERNEL, found, strict=True)]
+    if needs.x:
+        wanted[0] = _member_major(found[0], batch_major)
+    dy, x, e = (_member_major(a, batch_major) for a in (dy, x, e))
+    weights = rounded(x.dtype, weight, delta)
+    exact = held_in_float32(t, needs)
+    hyper_batch_linear_bwd(dy, x, *weights, e, r, s, u, v, *wanted, tf32_allowed(), exact=exact)
+    return found
+
+
+def _member_major(t: Tensor | None, batch_major: bool) -> Tensor | None:
+    return t.transpose(0, 1) if t is not None and batch_major and t.ndim == 3 else t
+
+
+forward_op = define(
+    "hyper_batch_linear(Tensor x, Tensor weight, Tensor delta, Tensor e, Tensor? r, Tensor? s,"
+    " Tensor? u, Tensor? v, Tensor? bias, Tensor? delta_bias, Tensor? e_bias, SymInt members,"
+    " bool batch_major, bool keep) -> (Tensor, Tensor)",
+    _forward_impl,
+    _forward_fake,
+)
+backward_op = define(
+    "hyper_batch_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor delta, Tensor e,"
+    " Tensor? r, Tensor? s, Tensor? u, Tensor? v, Tensor? bias, bool[] needs, bool batch_major)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+)

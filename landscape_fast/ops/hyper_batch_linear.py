@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from landscape_fast.ops import _dispatch
 from landscape_fast.ops import _hyper_batch as shared
 from landscape_fast.ops._batch_ensemble_linear_ways import members_dim, per_row, scaled
 from landscape_fast.ops._checks import FLOATS, check_tensor, names, require
 from landscape_fast.ops._dispatch import (
+    KERNEL_DTYPES,
     as_rounded,
     autocast_input,
     declare,
@@ -19,12 +21,21 @@ from landscape_fast.ops._dispatch import (
     without_autocast,
 )
 from landscape_fast.ops._hyper_batch import Inputs
-from landscape_fast.ops._hyper_batch_linear_ways import composed, composed_backward
+from landscape_fast.ops._hyper_batch_linear_plan import Plan, plan_for
+from landscape_fast.ops._hyper_batch_linear_ways import (
+    composed,
+    composed_backward,
+    fused,
+    fused_backward,
+)
 
 OP = "hyper_batch_linear"
 LAYOUTS = ("member_major", "batch_major", "folded")
 
-declare(OP)
+COMPOSED = Plan("composed", "composed")
+FUSED = Plan("fused", "fused")
+
+declare(OP, triton=KERNEL_DTYPES)
 
 
 def hyper_batch_linear(
@@ -66,7 +77,9 @@ def hyper_batch_linear(
         delta_bias: [M, O] or [O], the bias that responds; given together with e_bias.
         e_bias: how much it responds, shaped as e.
         layout: "member_major", "batch_major" or "folded".
-        backend: "auto" or "torch"; see `landscape_fast.show_config`.
+        backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`. On CUDA tensors
+            "auto" takes, for each shape, what is expected to be quicker: the Triton kernels, or the
+            composition of library calls that "torch" names.
 
     Returns:
         [M, B, O], [B, M, O] or [M*B, O] as the layout says, contiguous, in the dtype of `x`.
@@ -101,17 +114,24 @@ def hyper_batch_linear(
     require(layout in LAYOUTS, OP, "layout", f"one of {LAYOUTS}", repr(layout))
     t = Inputs(*autocast_input(*t))
     members = _check(t, layout)
-    pick(OP, backend, t.x)
+    name = pick(OP, backend, t.x)
     if transforming() or 0 in (*t.x.shape, *weight.shape):
         return hyper_batch_linear_reference(*t, layout=layout)
     t = shared.unfolded(t, members) if layout == "folded" else t
     e, e_bias = rounded(t.x.dtype, t.e, t.e_bias)  # activations, like x
     t = t._replace(e=e, e_bias=e_bias)
     batch_major = layout == "batch_major"
-    if wants_grad(*t):
-        y = _HyperBatchLinear.apply(batch_major, *t)
+    needs = Inputs(*[wants_grad(value) for value in t])
+    if name == "torch":
+        plan = COMPOSED
+    elif backend == "triton" or _dispatch.FORCED == "triton":
+        plan = FUSED
     else:
-        y = composed(t, batch_major)[0]
+        plan = plan_for(t, needs, members, batch_major)
+    if any(needs):
+        y = _HyperBatchLinear.apply(members, batch_major, plan, *t)
+    else:
+        y = _forward(t, members, batch_major, plan.forward, False)[0]
     return y.flatten(0, 1) if layout == "folded" else y
 
 
@@ -178,19 +198,28 @@ def _check(t: Inputs, layout: str) -> int:
     return M
 
 
+def _forward(t: Inputs, members: int, batch_major: bool, way: str, keep: bool):
+    """(y, the product with delta if it is kept)"""
+    if way == "fused":
+        return fused(t, members, batch_major, keep)
+    y, z2 = composed(t, batch_major)
+    return y, z2 if keep else None
+
+
 class _HyperBatchLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, batch_major, *tensors):
-        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
-        y, z2 = composed(t, batch_major)
-        ctx.save_for_backward(*t, z2 if shared.needs_z2(t, needs) else None)
-        ctx.batch_major = batch_major
+    def forward(ctx, members, batch_major, plan, *tensors):
+        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[3:])
+        keep = needs.e or (plan.backward == "composed" and shared.needs_z2(t, needs))
+        y, z2 = _forward(t, members, batch_major, plan.forward, keep)
+        ctx.save_for_backward(*t, z2)
+        ctx.batch_major, ctx.way = batch_major, plan.backward
         return y
 
     @staticmethod
     def backward(ctx, dy):
         *tensors, z2 = ctx.saved_tensors
-        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
+        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[3:])
         with without_autocast(dy.device.type):  # gradients stay in the dtypes of the op
             if wants_graph():
                 layout = "batch_major" if ctx.batch_major else "member_major"
@@ -198,5 +227,6 @@ class _HyperBatchLinear(torch.autograd.Function):
                 def definition(*tensors):
                     return hyper_batch_linear_reference(*tensors, layout=layout)
 
-                return None, *reference_backward(definition, t, needs, dy)
-            return None, *composed_backward(dy, t, z2, needs, ctx.batch_major)
+                return None, None, None, *reference_backward(definition, t, needs, dy)
+            backward = fused_backward if ctx.way == "fused" else composed_backward
+            return None, None, None, *backward(dy, t, z2, needs, ctx.batch_major)

@@ -1,0 +1,113 @@
+"""Which tiles the hyper_batch_linear kernels use: data, and the rules that choose among them.
+
+Every configuration compiles without spills for its architecture (tests/test_aot.py). None has been
+timed: two accumulators of the forward limit its tiles to 128 x 128. The weight gradients are those
+of batch_ensemble_linear, with its tiles.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import ceil
+
+from ._launch import Config
+from .batch_ensemble_linear_tiles import forward_programs, kind_of, processors
+
+__all__ = ["SHIPPED", "buckets", "forward_config", "forward_programs", "input_config"]
+__all__ += ["kind_of", "processors"]
+
+STAGES = ("fwd", "x", "x tied")  # y; dx with an accumulator for each of r and u; with one for both
+
+# Estimated share of the best rate that a tile of this size reaches on a full GPU.
+RATES = {"medium": 1.0, "small": 0.85, "tiny": 0.6, "wide": 0.4, "folded": 0.4, "skinny": 0.12}
+
+
+def _fwd(b, o, i, warps, stages, tma=False, folded=False):
+    blocks = {"BLOCK_B": b, "BLOCK_O": o, "BLOCK_I": i, "GROUP": 8, "FOLDED": folded}
+    return Config(blocks, warps, stages, tma)
+
+
+def _x(b, i, o, warps, stages, tma=False):
+    return Config({"BLOCK_B": b, "BLOCK_I": i, "BLOCK_O": o, "GROUP": 8}, warps, stages, tma)
+
+
+_POINTERS = {  # any strides; "wide" and "skinny" stream the weights past all rows at once
+    "fwd half medium": _fwd(128, 128, 32, 8, 3),
+    "fwd half small": _fwd(64, 128, 32, 8, 3),
+    "fwd half tiny": _fwd(64, 64, 64, 4, 3),
+    "fwd half wide": _fwd(128, 32, 64, 8, 4, folded=True),
+    "fwd half folded": _fwd(64, 32, 64, 4, 4, folded=True),
+    "fwd half skinny": _fwd(16, 64, 64, 4, 4, folded=True),
+    "fwd tf32 tiny": _fwd(64, 64, 32, 8, 3),
+    "fwd tf32 skinny": _fwd(16, 64, 32, 4, 3, folded=True),
+    "fwd ieee tiny": _fwd(64, 32, 32, 8, 3),
+    "fwd ieee skinny": _fwd(16, 64, 16, 4, 3, folded=True),
+    "x half small": _x(64, 128, 32, 8, 3),
+    "x half tiny": _x(64, 64, 32, 4, 3),
+    "x tf32 tiny": _x(64, 64, 16, 8, 3),
+    "x ieee tiny": _x(64, 32, 32, 8, 3),
+    "x tied half small": _x(64, 128, 32, 8, 3),
+    "x tied half tiny": _x(64, 64, 32, 4, 3),
+    "x tied tf32 tiny": _x(64, 64, 32, 8, 3),
+    "x tied ieee tiny": _x(64, 32, 32, 8, 3),
+}
+_DESCRIPTORS = {  # unit stride along features and 16-byte aligned rows; Hopper and later
+    "fwd half medium tma": _fwd(128, 128, 64, 8, 3, True),
+    "fwd half small tma": _fwd(64, 128, 64, 8, 3, True),
+    "fwd half tiny tma": _fwd(64, 64, 64, 4, 3, True),
+    "fwd tf32 tiny tma": _fwd(64, 64, 32, 4, 3, True),
+    "x half medium tma": _x(128, 128, 32, 8, 3, True),
+    "x half tiny tma": _x(64, 64, 64, 4, 3, True),
+    "x tied half medium tma": _x(128, 128, 64, 8, 2, True),
+    "x tied half tiny tma": _x(64, 64, 64, 4, 3, True),
+}
+_TABLES = {80: _POINTERS, 90: _POINTERS | _DESCRIPTORS, 100: _POINTERS | _DESCRIPTORS}
+SHIPPED: dict[tuple[int, str], Config] = {
+    (a, bucket): config for a, table in _TABLES.items() for bucket, config in table.items()
+}
+
+
+@lru_cache
+def buckets(arch: int, stage: str, kind: str, tma: bool) -> tuple[tuple[float, Config], ...]:
+    """(rate, configuration) of the shipped buckets of a stage.
+
+    Where descriptors can be used (`tma`) they replace pointers, except for tiles of folded rows,
+    which only pointers can address.
+    """
+    found = []
+    for size, rate in RATES.items():
+        for suffix in ("", " tma"):
+            config = SHIPPED.get((arch, f"{stage} {kind} {size}{suffix}"))
+            if config is not None and (tma or not config.tma):
+                found.append((rate, config))
+    if any(config.tma for _, config in found):
+        found = [f for f in found if f[1].tma or f[1].tiles.get("FOLDED")]
+    return tuple(found)
+
+
+@lru_cache(4096)
+def forward_config(kind: str, tma: bool, arch: int, sms: int, M: int, B: int, O: int) -> Config:
+    """The configuration of the forward kernel for a shape, on a GPU with `sms` multiprocessors."""
+
+    def work(c: Config) -> float:
+        area = c.tiles["BLOCK_B"] * c.tiles["BLOCK_O"]
+        return ceil(forward_programs(c, M, B, O) / sms) * area
+
+    return _quickest(buckets(arch, "fwd", kind, tma), work)
+
+
+@lru_cache(4096)
+def input_config(
+    stage: str, kind: str, tma: bool, arch: int, sms: int, M: int, B: int, I: int
+) -> Config:
+    """As `forward_config`, for dx."""
+
+    def work(c: Config) -> float:
+        block_b, block_i = c.tiles["BLOCK_B"], c.tiles["BLOCK_I"]
+        return ceil(M * ceil(B / block_b) * ceil(I / block_i) / sms) * block_b * block_i
+
+    return _quickest(buckets(arch, stage, kind, tma), work)
+
+
+def _quickest(candidates, work: Callable[[Config], float]) -> Config:
+    """The configuration with the least work, over its rate, for the busiest multiprocessor."""
+    return min(candidates, key=lambda candidate: work(candidate[1]) / candidate[0])[1]
