@@ -14,7 +14,9 @@ from landscape_fast.ops._library import define
 
 # Multiplying 16-bit tensors into a float32 result: torch 2.8 and later, on CUDA.
 WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
-OUTER_ELEMENTS = 2**20  # of G that outer_backward holds at a time, unless one member has more
+# Elements of G that outer_backward holds at a time, unless one member has more: what a cache keeps,
+# or enough for a launch.
+OUTER_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
 
 
 def per_row(t: Tensor, batch_major: bool) -> Tensor:
@@ -93,9 +95,10 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
         d = d.sum(0, dtype=wide) if x.ndim == 2 else d.flatten(0, 1)
         d, rows = d.unsqueeze(0), x if x.ndim == 2 else rows.flatten(0, 1).unsqueeze(0)
     rows = rows if rows.ndim == 3 else rows.expand(d.shape[0], *rows.shape)
-    dweight, dr, ds = None, [], []
-    step = max(1, OUTER_ELEMENTS // weight.numel())
-    for first in range(0, d.shape[0], step):
+    M, step = d.shape[0], max(1, OUTER_ELEMENTS.get(d.device.type, 2**22) // weight.numel())
+    dweight = w.new_zeros(weight.shape) if need_weight else None
+    dr, ds = [], []
+    for first in range(0, M, step):
         some = slice(first, first + step)
         g = _wide_product(d[some].transpose(1, 2), rows[some], wide)  # [step, O, I]
         r_row = None if r is None else low_r[some].unsqueeze(1)
@@ -103,17 +106,29 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
         if need_r or need_s:
             h = g * w
             if need_r:
-                dr.append((h if s is None else h * s_column).sum(1))
+                dr.append(_weighted_sum(h, s_column, 1))
             if need_s:
-                ds.append((h if r is None else h * r_row).sum(2))
+                ds.append(_weighted_sum(h, r_row, 2))
         if need_weight:
             g = g if r is None else g * r_row
-            g = (g if s is None else g * s_column).sum(0)
-            dweight = g if dweight is None else dweight + g
+            if s is not None and g.shape[0] == 1:
+                dweight = torch.addcmul(dweight, g[0], s_column[0])
+            else:
+                dweight = dweight + (g if s is None else g * s_column).sum(0)
     dweight = dweight.to(weight.dtype) if need_weight else None
     dr = torch.cat(dr).to(r.dtype) if need_r else None
     ds = torch.cat(ds).to(s.dtype) if need_s else None
     return dx, dweight, dr, ds, dbias
+
+
+def _weighted_sum(h: Tensor, by: Tensor | None, dim: int) -> Tensor:
+    """(h * by).sum(dim) for h [M, O, I]; by is [M, O, 1] for dim 1 and [M, 1, I] for dim 2."""
+    if by is None:
+        return h.sum(dim)
+    if h.is_cuda:  # a product might round h to tf32
+        return (h * by).sum(dim)
+    found = by.transpose(1, 2) @ h if dim == 1 else h @ by.transpose(1, 2)
+    return found.squeeze(dim)
 
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

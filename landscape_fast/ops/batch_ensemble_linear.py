@@ -7,11 +7,12 @@ from landscape_fast.ops import _dispatch
 from landscape_fast.ops._batch_ensemble_linear_checks import OP, check, check_types, members_of
 from landscape_fast.ops._batch_ensemble_linear_index import indexed, indexed_reference
 from landscape_fast.ops._batch_ensemble_linear_plan import (
-    COMPOSED,
     EXACT,
     FUSED,
     Needs,
     Plan,
+    composed_plan,
+    examples,
     plan_for,
 )
 from landscape_fast.ops._batch_ensemble_linear_ways import (
@@ -90,9 +91,9 @@ def batch_ensemble_linear(
             raise there too. In a compiled graph and under a functorch transform the row is NaN.
 
     Cost: 2 * M * B * I * O flops, and twice as many for the gradients; x, weight and y moved once.
-        The kernels keep `x` for the backward, and no other activation; "torch" also keeps
-        (x * r) weight^T, if ds is wanted in the dtype of `x`. An activation keeps y. Gradients are
-        deterministic, and differentiable again.
+        The backward keeps `x`, and y with an activation, but no product: except that on the "torch"
+        path (x * r) weight^T is kept for ds, where that is quicker (on a CPU, B < I / 2) and ds has
+        the dtype of `x`. Gradients are deterministic, and differentiable again.
 
     Source: Wen et al. 2020 (arXiv:2002.06715); as used by TabM (arXiv:2410.24210).
 
@@ -168,7 +169,7 @@ def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
     held = zip((weight, r, s), needs[1:4], strict=True)
     exact = any(need and t.dtype != x.dtype for t, need in held)
     if name == "torch":
-        plan = COMPOSED
+        plan = composed_plan(x, examples(x, sizes[1]), x.shape[-1], needs)
     elif backend == "triton" or _dispatch.FORCED == "triton":
         plan = FUSED
     else:

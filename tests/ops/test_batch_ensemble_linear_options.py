@@ -79,7 +79,6 @@ def test_relu_is_the_relu_of_torch(backend, device):
 def test_relu_keeps_x_and_y(backend, device):
     """No mask, and no sum before it: the next layer keeps y as its input anyway."""
     x, weight, r, s, bias = (t.requires_grad_() for t in inputs(2, 6, 5, 4, device=device))
-    s = s.detach()  # its gradient would keep a product on the composed path
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = batch_ensemble_linear(x, weight, r, s, bias, activation="relu", backend=backend)

@@ -209,6 +209,27 @@ def test_problem_is_read_off_the_arguments(automatic, monkeypatch, device):
     assert not any(problem.aligned for problem in problems)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B, I", [(8, 16), (7, 16), (1, 2), (1, 3)])
+def test_the_composition_keeps_a_product_only_where_that_is_quicker(B, I, dtype):
+    arguments = [t.detach().to(dtype).requires_grad_() for t in inputs("cpu", 2, B, I, 3)]
+    places = {t.data_ptr() for t in arguments}
+    more = []
+
+    def note(t):
+        if t.data_ptr() not in places:
+            more.append(t.shape)
+        return t
+
+    for wants_ds in (True, False):
+        arguments[3].requires_grad_(wants_ds)
+        more.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            batch_ensemble_linear(*arguments, backend="torch")
+        keeps = wants_ds and (2 * B < I or dtype == torch.bfloat16)
+        assert more == ([(2, B, 3)] if keeps else [])
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_with_changing_batch(dynamic, automatic, device):
     """The plan is traced too: new sizes neither break the graph nor compile without end."""
