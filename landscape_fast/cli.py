@@ -16,14 +16,18 @@ from landscape_fast import __version__
 from landscape_fast.studies import commands as study
 from landscape_fast.studies.commands import PROGRAM, say
 from landscape_fast.studies.presets import (
+    AUGMENTS,
     DATA,
     FAST_INITS,
+    MEMBER_BATCHES,
     MEMBER_BIAS,
     METHODS,
     MODEL_OF,
     MODELS,
+    NORMS,
     OPTIMIZERS,
     PIXELS,
+    RECIPES,
     SCHEDULES,
     TRAINING,
 )
@@ -147,9 +151,26 @@ def _add_train(commands) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    settings = parser.add_argument_group("training", "defaults depend on the data set")
+    settings = parser.add_argument_group(
+        "training", "defaults depend on the data set, or on the recipe"
+    )
+    settings.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="of the authors of BatchEnsemble for ResNets on CIFAR: batch_ensemble, 250 epochs; "
+        "single, 200",
+    )
     settings.add_argument("--epochs", type=_count, metavar="N")
-    settings.add_argument("--batch-size", type=_count, metavar="N")
+    settings.add_argument(
+        "--batch-size",
+        type=_count,
+        metavar="N",
+        help="training rows per step; a BatchEnsemble computes M times as many. The rate of a "
+        "recipe is 0.1 for 128 rows, in proportion for others",
+    )
+    settings.add_argument(
+        "--train-rows", type=_count, metavar="N", help="use the first N training rows only"
+    )
     settings.add_argument("--optimizer", choices=OPTIMIZERS)
     settings.add_argument("--lr", type=_positive, metavar="X", help="learning rate")
     settings.add_argument(
@@ -169,14 +190,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     settings.add_argument(
         "--fast-init",
         choices=FAST_INITS,
-        default="random_sign",
-        help="start of a BatchEnsemble's factors (default: random_sign)",
+        help="start of a BatchEnsemble's factors (default: random_sign; normal with --recipe "
+        "batch_ensemble)",
     )
     settings.add_argument(
         "--fast-lr-mult",
         type=_positive,
         metavar="X",
-        help="learning rate of these factors as a multiple of --lr (default: 1)",
+        help="learning rate of these factors as a multiple of --lr (default: 1, or by recipe)",
     )
     settings.add_argument(
         "--fast-weight-decay",
@@ -189,6 +210,21 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         choices=MEMBER_BIAS,
         help="learning rate of the biases per member: slow, --lr; fast, that of the factors "
         "(default: slow)",
+    )
+    settings.add_argument(
+        "--member-batches",
+        choices=MEMBER_BATCHES,
+        help="whether all members of a BatchEnsemble see the same batch (default: shared)",
+    )
+    settings.add_argument(
+        "--norm",
+        choices=NORMS,
+        help="whether they share the norms of a ResNet (default: shared)",
+    )
+    settings.add_argument(
+        "--augment",
+        choices=AUGMENTS,
+        help="random shifts and flips of images (default: none; crop_flip with a recipe)",
     )
 
 

@@ -93,16 +93,37 @@ def test_every_option_reaches_the_training(tmp_path, capsys):
     settings = {
         "epochs": 1, "batch_size": 300, "optimizer": "sgd", "lr": 0.01, "weight_decay": 0.25,
         "schedule": "constant", "label_smoothing": 0.125, "fast_lr_mult": 4.0, "seed": 9,
-        "fast_weight_decay": 0.5, "member_bias": "fast",
+        "fast_weight_decay": 0.5, "member_bias": "fast", "member_batches": "own",
+        "augment": "crop_flip",
     }  # fmt: skip
     options = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
     code, out, _ = run(capsys, "train", "--method=batch", "--model=small_cnn", "--members=2",
-                       "--pixels=unit", "--fast-init=normal", f"--out={tmp_path}", "--json",
-                       "--device=cpu", *options)  # fmt: skip
+                       "--pixels=unit", "--fast-init=normal", "--train-rows=400", "--json",
+                       f"--out={tmp_path}", "--device=cpu", *options)  # fmt: skip
     document = json.loads(out)
     assert code == 0 and document["training"].items() >= settings.items()
     problem = {"model": "small_cnn", "members": 2, "pixels": "unit", "fast_init": "normal"}
+    problem["train_rows"] = 400
     assert document["problem"].items() >= problem.items()
+
+
+def test_a_recipe_trains_a_residual_network(tmp_path, capsys):
+    """Its rate follows the batch, its milestones the epochs; what is given wins."""
+    code, out, err = run(capsys, "train", "--method=batch", "--model=resnet20", "--members=2",
+                         "--recipe=batch_ensemble", "--epochs=1", "--batch-size=64",
+                         "--train-rows=128", "--norm=member", "--augment=none", "--device=cpu",
+                         f"--out={tmp_path}", "--quiet")  # fmt: skip
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert code == 0 and err == ""
+    expected = {"optimizer": "sgd", "lr": 0.05, "batch_size": 64, "milestones": [1],
+                "weight_decay": 6e-4, "fast_lr_mult": 0.5, "augment": "none"}  # fmt: skip
+    assert document["training"].items() >= expected.items()
+    assert document["problem"]["fast_init"] == "normal" and document["problem"]["norm"] == "member"
+    assert document["data"]["train_rows"] == 128
+    assert "- batch: a step takes 64 training rows and computes 128" in out.splitlines()
+    found = document["diversity"]["batch"]
+    assert f"- batch: two members disagree on {found['disagreement']:.2%} of the rows" in out
+    assert found["members"] == 2 and 0 < found["js"] < found["kl"]
 
 
 def test_a_single_network_is_one_member(tmp_path, capsys):

@@ -51,10 +51,10 @@ def train_batch_ensemble(
         on_step: called after every step with the number of steps done.
         test: rows and classes that the report is measured on; without them up to 1,000 training
             rows, on which members differ less than on new ones.
-        report: print the report on the standard error stream.
+        report: measure how the members differ, and print it on the standard error stream.
 
     Returns:
-        `Trained`, with the report as `diversity` where there are several members.
+        `Trained`, with the report as `diversity` where there is one.
 
     Raises:
         ValueError: if the network has no member dimension.
@@ -87,11 +87,10 @@ def train_batch_ensemble(
         on_step=on_step,
     )
     diversity = None
-    if members > 1:
+    if report and members > 1:
         diversity, where = _measure(network, x, y, test, config.batch_size)
-        if report:
-            print(f"BatchEnsemble of {members}, on {where}:", file=sys.stderr)
-            print(*(f"- {line}" for line in diversity.lines), sep="\n", file=sys.stderr)
+        print(f"BatchEnsemble of {members}, on {where}:", file=sys.stderr)
+        print(*(f"- {line}" for line in diversity.lines), sep="\n", file=sys.stderr)
     return Trained(network, [history], diversity)
 
 

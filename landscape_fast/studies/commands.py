@@ -22,9 +22,11 @@ _TRAINING = (
     "fast_lr_mult",
     "fast_weight_decay",
     "member_bias",
+    "member_batches",
+    "augment",
     "seed",
 )
-_PROBLEM = ("data", "root", "model", "members", "fast_init", "pixels")
+_PROBLEM = ("data", "root", "model", "members", "fast_init", "pixels", "norm", "train_rows")
 
 
 def demo(args: Namespace) -> int:
@@ -43,6 +45,8 @@ def train(args: Namespace) -> int:
     if args.resume and args.overwrite:
         args.usage_error("argument --overwrite: must not be given with --resume")
     args.model = args.model or MODEL_OF[args.data]
+    if args.recipe == "batch_ensemble":
+        args.fast_init = args.fast_init or "normal"
     args.out = args.out or Path("out") / f"{args.data}-{args.method}"
     checkpoints = args.out / "checkpoints"
     old = sorted(checkpoints.glob("*.pt"))
@@ -65,14 +69,13 @@ def _study(args: Namespace, checkpoints: Path | None, old: list[Path]) -> int:
     """Train, measure, write, print; `old` checkpoints are deleted when nothing can fail early."""
     import torch
 
-    from landscape_fast.methods import TrainConfig
     from landscape_fast.studies.compare import Problem, compare
 
     if args.device == "cuda" and not torch.cuda.is_available():
         args.usage_error("argument --device: must be auto or cpu where torch sees no GPU; got cuda")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = automatic if args.device == "auto" else args.device
-    config = TrainConfig(**{**TRAINING[args.data], **_given(args, _TRAINING)})
+    config = _config(args)
     problem = Problem(**_given(args, _PROBLEM))
     args.out.mkdir(parents=True, exist_ok=True)
     dataset = problem.load()
@@ -94,6 +97,17 @@ def _study(args: Namespace, checkpoints: Path | None, old: list[Path]) -> int:
         return _report(args, results, dataset, problem, config, device)
     finally:
         torch.set_num_threads(threads)
+
+
+def _config(args: Namespace):
+    """The recipe, or the settings of the data set, with what was given instead."""
+    from landscape_fast.methods import TrainConfig
+    from landscape_fast.methods.recipes import RECIPES
+
+    given, recipe = _given(args, _TRAINING), getattr(args, "recipe", None)
+    if recipe is None:
+        return TrainConfig(**{**TRAINING[args.data], **given})
+    return RECIPES[recipe](fresh_rows=given.pop("batch_size", None), **given)
 
 
 def _report(args, results, dataset, problem, config, device) -> int:

@@ -24,10 +24,28 @@ from landscape_fast.methods import (
     train_batch_ensemble,
     train_deep_ensemble,
 )
-from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear
+from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, EnsembleBatchNorm2d
 from landscape_fast.ops import ensemble_summary
 from landscape_fast.ops._checks import require
-from landscape_fast.studies.presets import DATA, FAST_INITS, METHODS, MLP, MODELS, PIXELS
+from landscape_fast.studies.presets import (
+    DATA,
+    EVALUATION_ROWS,
+    FAST_INITS,
+    METHODS,
+    MLP,
+    MODELS,
+    NORMED,
+    NORMS,
+    PIXELS,
+)
+
+_KINDS = {
+    "lenet": models.LeNet,
+    "small_cnn": models.SmallCNN,
+    "medium_cnn": models.MediumCNN,
+    "resnet20": models.resnet20,
+    "wrn_28_10": models.wrn_28_10,
+}
 
 
 @dataclass(frozen=True)
@@ -37,10 +55,13 @@ class Problem:
     Attributes:
         data: "digits" (part of scikit-learn), "cifar10" or "mnist" (files in `root`).
         root: folder of the files; unused for digits.
-        model: "mlp", "small_cnn" or "medium_cnn".
+        model: "mlp", "lenet", "small_cnn", "medium_cnn", "resnet20" or "wrn_28_10".
         members: M of both ensembles.
         fast_init: initial values of the factors r and s: "random_sign", "normal" or "ones".
         pixels: "standardized" (mean 0, deviation 1 per channel), "unit" or "raw".
+        norm: "shared", one norm for the rows of all members of a BatchEnsemble, or "member", for
+            models that have norms.
+        train_rows: so many of the training rows, the first ones; None for all.
 
     Raises:
         ValueError: if a setting is none of these.
@@ -52,6 +73,8 @@ class Problem:
     members: int = 4
     fast_init: str = "random_sign"
     pixels: str = "standardized"
+    norm: str = "shared"
+    train_rows: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -59,6 +82,7 @@ class Problem:
             ("model", MODELS),
             ("fast_init", FAST_INITS),
             ("pixels", PIXELS),
+            ("norm", NORMS if self.model in NORMED else NORMS[:1]),
         ):
             value = getattr(self, name)
             require(value in known, "Problem", name, f"one of {known}", repr(value))
@@ -84,6 +108,7 @@ class Problem:
             loaded = datasets.digits(scale=scale)
         else:
             loaded = getattr(datasets, self.data)(self.root, scale=scale)
+        loaded = loaded.take(train=self.train_rows)
         return loaded.standardized() if self.pixels == "standardized" else loaded
 
     def network(self, dataset: Dataset, ensemble: bool) -> nn.Module:
@@ -100,8 +125,9 @@ class Problem:
             return models.MLP(
                 dataset.image, classes=classes, linear=factories["linear"], **MLP[self.data]
             )
-        kind = models.SmallCNN if self.model == "small_cnn" else models.MediumCNN
-        return kind(dataset.image, classes, **factories)
+        if ensemble and self.norm == "member":
+            factories["norm"] = partial(EnsembleBatchNorm2d, members=self.members)
+        return _KINDS[self.model](dataset.image, classes, **factories)
 
 
 @dataclass(frozen=True)
@@ -157,7 +183,7 @@ def compare(
     require(ok, "compare", "methods", f"some of {METHODS}", tuple(methods))
     rows = (dataset.train_x, dataset.train_y, config)
     options = {"device": device, "directory": directory, "resume": resume, "progress": progress}
-    results = {}
+    results, rows_at_once = {}, EVALUATION_ROWS.get(problem.model, 1000)
     if "single" in methods or "deep" in methods:
         trained = train_deep_ensemble(
             partial(problem.network, dataset, ensemble=False),
@@ -167,23 +193,22 @@ def compare(
         )
         if "single" in methods:
             first = Trained(trained.model.members[0], trained.histories[:1])
-            results["single"] = _measure("single", first, dataset)
+            results["single"] = _measure("single", first, dataset, rows_at_once)
         if "deep" in methods:
-            results["deep"] = _measure("deep", trained, dataset)
+            results["deep"] = _measure("deep", trained, dataset, rows_at_once)
     if "batch" in methods:
         trained = train_batch_ensemble(
             partial(problem.network, dataset, ensemble=True),
             *rows,
             **options,
-            test=(dataset.test_x, dataset.test_y),
-            report=False,  # the notes of the study say it
+            report=False,  # the study measures all methods alike, and its notes say it
         )
-        results["batch"] = _measure("batch", trained, dataset)
+        results["batch"] = _measure("batch", trained, dataset, rows_at_once)
     return results
 
 
-def _measure(method: str, trained: Trained, dataset: Dataset) -> Result:
-    logits = predict(trained.model, dataset.test_x)
+def _measure(method: str, trained: Trained, dataset: Dataset, rows_at_once: int) -> Result:
+    logits = predict(trained.model, dataset.test_x, batch_size=rows_at_once)
     summary = ensemble_summary(logits, dataset.test_y.to(logits.device))
     pairs = pair_diversity(logits)
     several = logits.shape[0] > 1

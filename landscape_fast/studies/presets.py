@@ -2,12 +2,17 @@
 
 METHODS = ("single", "deep", "batch")
 DATA = ("digits", "cifar10", "mnist")
-MODELS = ("mlp", "small_cnn", "medium_cnn")
+MODELS = ("mlp", "lenet", "small_cnn", "medium_cnn", "resnet20", "wrn_28_10")
+NORMED = ("resnet20", "wrn_28_10")  # models with norms, which members can share or not
+NORMS = ("shared", "member")
 PIXELS = ("standardized", "unit", "raw")
 FAST_INITS = ("random_sign", "normal", "ones")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
 MEMBER_BIAS = ("slow", "fast")
+MEMBER_BATCHES = ("shared", "own")
+AUGMENTS = ("none", "crop_flip")
+RECIPES = ("batch_ensemble", "single")
 MODEL_OF = {"digits": "mlp", "cifar10": "medium_cnn", "mnist": "small_cnn"}
 
 # Recipe of the convolutional networks of Fort et al. 2019 (arXiv:1912.02757), as in the authors'
@@ -37,6 +42,8 @@ TRAINING = {
     "cifar10": _FORT,
     "mnist": {**_FORT, "epochs": 12, "step_epochs": 3},
 }
+# Test rows per forward pass: one activation of a BatchEnsemble of 4 then takes at most 270 MB.
+EVALUATION_ROWS = {"resnet20": 500, "wrn_28_10": 100}
 MLP = {
     "digits": {"hidden": (128, 128), "dropout": 0.0},
     "cifar10": {"hidden": (512, 512), "dropout": 0.2},

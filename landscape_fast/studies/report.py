@@ -94,7 +94,7 @@ def make_document(
         "problem": asdict(problem),
         "training": asdict(config),
         "rows": [result.row for result in results.values()],
-        "notes": make_notes(results, dataset),
+        "notes": make_notes(results, dataset, config),
         "pairs": {
             method: {
                 "disagreement": result.pairs.disagreement.tolist(),
@@ -120,7 +120,7 @@ def make_document(
     }
 
 
-def make_notes(results: dict[str, Result], dataset: Dataset) -> list[str]:
+def make_notes(results: dict[str, Result], dataset: Dataset, config: TrainConfig) -> list[str]:
     """What to know when reading the table, in sentences; how the members differ among them."""
     rows, best = len(dataset.test_y), max(r.row["accuracy"] for r in results.values())
     lines = [
@@ -129,6 +129,11 @@ def make_notes(results: dict[str, Result], dataset: Dataset) -> list[str]:
     ]
     if "single" in results and "deep" in results:
         lines.append("single: the first member of deep, trained once and counted in both rows")
+    if "batch" in results:
+        members, size = results["batch"].row["members"], config.batch_size
+        own = config.member_batches == "own"
+        of = f"{size:,} training rows for each member" if own else f"{size:,} training rows"
+        lines.append(f"batch: a step takes {of} and computes {members * size:,}")
     for method, result in results.items():
         if len(result.logits) > 1:
             found = diagnose(result.logits, dataset.test_y)

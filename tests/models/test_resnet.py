@@ -12,9 +12,11 @@ from landscape_fast.models import ResNet, resnet20, wrn_28_10
 from landscape_fast.nn import (
     BatchEnsembleConv2d,
     BatchEnsembleLinear,
+    EnsembleBatchNorm2d,
     FoldedEnsemble,
     convert_,
     ensemble_layers,
+    extract_member,
 )
 from landscape_fast.testing import check_layer
 
@@ -151,6 +153,20 @@ def test_every_layer_comes_from_its_factory(variant):
     shortcuts = [name for name in convs if name.endswith("shortcut")]
     expected = 0 if VARIANTS[variant].get("shortcut") == "pad" else 2
     assert len(convs) == 1 + 12 + expected and len(shortcuts) == expected
+
+
+@pytest.mark.parametrize("variant", ["resnet", "wide_norm"])
+def test_with_norms_of_its_own_a_member_trains_as_a_plain_network(variant):
+    """In training mode, too: nothing is shared but the weights."""
+    members = factories() | {"norm": partial(EnsembleBatchNorm2d, members=M)}
+    net = small(variant, **members, dtype=torch.float64).train()
+    x = torch.randn(B, *IMAGE, dtype=torch.float64)
+    plain = [extract_member(net, m) for m in range(M)]
+    y = net(x)
+    for m in range(M):
+        assert not ensemble_layers(plain[m]) and type(plain[m].norm) is nn.BatchNorm2d
+        torch.testing.assert_close(y[m], plain[m](x))
+        torch.testing.assert_close(net.norm.running_var[m], plain[m].norm.running_var)
 
 
 def test_a_shared_norm_sees_the_rows_of_all_members():

@@ -14,7 +14,7 @@ from landscape_fast.studies.compare import Problem, compare
 CONFIG = TrainConfig(epochs=2, batch_size=32, lr=0.01, seed=1)
 
 
-def images(size=8, channels=1, classes=4):
+def images(size=8, channels=1, classes=4, test=60):
     """Noisy images whose class is the bright quarter: small, but not trivial."""
     generator = torch.Generator().manual_seed(0)
 
@@ -28,7 +28,7 @@ def images(size=8, channels=1, classes=4):
         return x, y
 
     names = tuple("abcd"[:classes])
-    return Dataset(*part(96), *part(60), names, "quarters")
+    return Dataset(*part(96), *part(test), names, "quarters")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_study_is_the_library_call():
 @pytest.mark.parametrize("model", presets.MODELS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_model_is_built_for_the_data(model, channels):
-    dataset = images(channels=channels)
+    dataset = images(size=16, channels=channels)
     problem = Problem(model=model, members=2)
     x = dataset.test_x[:3]
     assert problem.network(dataset, ensemble=False)(x).shape == (3, 4)
@@ -114,6 +114,20 @@ def test_every_model_is_built_for_the_data(model, channels):
     assert network(x).shape == (2, 3, 4)
     plain = [m for m in network.modules() if type(m) in (torch.nn.Linear, torch.nn.Conv2d)]
     assert not plain and ensemble_layers(network)
+
+
+def test_members_of_a_resnet_share_norms_or_not():
+    for norm, shape in (("shared", (16,)), ("member", (2, 16))):
+        problem = Problem(model="resnet20", members=2, norm=norm)
+        assert problem.network(images(), ensemble=True).norm.weight.shape == shape
+        assert problem.network(images(), ensemble=False).norm.weight.shape == (16,)
+
+
+def test_some_training_rows():
+    pytest.importorskip("sklearn")
+    few, all_of_them = Problem(train_rows=50).load(), Problem().load()
+    assert few.train_x.shape[0] == 50 and torch.equal(few.train_y, all_of_them.train_y[:50])
+    assert len(few.test_y) == len(all_of_them.test_y)
 
 
 @pytest.mark.parametrize("init", presets.FAST_INITS)
@@ -143,6 +157,8 @@ BAD = [
     ({"model": "vgg"}, "Problem: model must be one of"),
     ({"fast_init": "zeros"}, "Problem: fast_init must be one of"),
     ({"pixels": "log"}, "Problem: pixels must be one of"),
+    ({"norm": "member"}, r"Problem: norm must be one of \('shared',\); got 'member'"),
+    ({"norm": "layer", "model": "resnet20"}, r"norm must be one of \('shared', 'member'\)"),
     ({"members": 0}, "Problem: members must be an integer of at least 1; got 0"),
     ({"data": "mnist"}, "Problem: root must be the folder of the mnist files; got None"),
 ]
@@ -161,11 +177,13 @@ def test_unknown_methods_are_refused(methods):
 
 
 def test_presets_agree_with_what_they_configure():
-    from landscape_fast.methods import config
+    from landscape_fast.methods import config, recipes
     from landscape_fast.nn.init import NAMED
 
     assert presets.OPTIMIZERS == config.OPTIMIZERS and presets.SCHEDULES == config.SCHEDULES
-    assert presets.MEMBER_BIAS == config.MEMBER_BIAS
+    assert presets.MEMBER_BIAS == config.MEMBER_BIAS and presets.AUGMENTS == config.AUGMENTS
+    assert presets.MEMBER_BATCHES == config.MEMBER_BATCHES
+    assert presets.RECIPES == tuple(recipes.RECIPES)
     assert set(presets.FAST_INITS) == set(NAMED)
     assert set(presets.TRAINING) == set(presets.MLP) == set(presets.MODEL_OF) == set(presets.DATA)
     assert set(presets.MODEL_OF.values()) <= set(presets.MODELS)

@@ -1,8 +1,8 @@
 import csv
+import dataclasses
 import io
 import json
 import math
-from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -106,7 +106,7 @@ def test_the_document_says_what_was_run(document, dataset, results):
         "train_rows": 8,
         "test_rows": 40,
     }
-    assert document["training"] == asdict(CONFIG)
+    assert document["training"] == dataclasses.asdict(CONFIG)
     assert document["problem"]["members"] == 3
     assert document["versions"]["torch"] == torch.__version__
     assert list(document["pairs"]) == ["deep"]  # a single network has no pairs
@@ -130,7 +130,12 @@ def test_nearly_identical_members_are_reported(dataset):
     batch = make_result("batch", 1, dataset)
     logits = batch.logits.repeat(3, 1, 1)
     result = Result({**batch.row, "members": 3}, logits, pair_diversity(logits), [])
-    notes = report.make_notes({"batch": result}, dataset)
+    notes = report.make_notes({"batch": result}, dataset, CONFIG)
+    assert notes[1] == "batch: a step takes 128 training rows and computes 384"
+    own = dataclasses.replace(CONFIG, member_batches="own")
+    assert report.make_notes({"batch": result}, dataset, own)[1] == (
+        "batch: a step takes 128 training rows for each member and computes 384"
+    )
     assert any("batch: WARNING: the members are nearly identical" in line for line in notes)
 
 
