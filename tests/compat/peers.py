@@ -1,4 +1,5 @@
 """The packages that the compat classes stand in for, where they are installed."""
+
 import importlib.metadata
 import importlib.util
 import sys
