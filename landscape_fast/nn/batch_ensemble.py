@@ -162,11 +162,8 @@ class BatchEnsembleLinear(RankOneLayer):
                 index = index.repeat_interleave(prod(x.shape[1:-1]))
 
         def call(r, s, bias, activation):
-            options = {"index": index, "activation": activation}
-            options = {key: value for key, value in options.items() if value is not None}
-            return batch_ensemble_linear(
-                rows, self.weight, r, s, bias, layout=self.layout, **options
-            )
+            options = {"layout": self.layout, "index": index, "activation": activation}
+            return batch_ensemble_linear(rows, self.weight, r, s, bias, **options)
 
         y = self._summed(call)
         return y if rows is x else y.view(*x.shape[:-1], self.out_features)

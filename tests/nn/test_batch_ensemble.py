@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, Normal
-from landscape_fast.testing import assert_as_exact, check_layer
+from landscape_fast.testing import check_layer
 
 M, B, L, I, O = 3, 5, 2, 4, 6
 RANDOM = {"r_init": "normal", "s_init": "normal", "dtype": torch.float64}
@@ -131,85 +131,6 @@ def test_linear_gradients_are_those_of_the_merged_layers():
         torch.testing.assert_close(a, b)
 
 
-CONVS = [
-    {"kernel_size": 3},
-    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2)},
-    {"kernel_size": 3, "padding": "same", "dilation": 2},
-    {"kernel_size": (4, 2), "padding": "same"},
-    {"kernel_size": 3, "padding": "valid", "groups": 2},
-    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect", "stride": 2},
-    {"kernel_size": 4, "padding": "same", "padding_mode": "circular"},
-    {"kernel_size": 3, "padding": (1, 2), "padding_mode": "replicate", "groups": 2},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("conv", CONVS, ids=str)
-def test_conv_is_one_plain_layer_per_member(conv, options):
-    layer = with_biases(BatchEnsembleConv2d(I, O, members=M, **conv, **options, **RANDOM))
-    x = torch.randn(M, B, I, 7, 6, dtype=torch.float64)
-
-    def plain(x):
-        bias = {"bias": layer.bias is not None, "dtype": torch.float64}
-        one = nn.Conv2d(I, O, **conv, **bias).requires_grad_(False)
-        ys = []
-        for m in range(M):
-            one.weight.copy_(merged(layer, m))
-            if layer.bias is not None:
-                one.bias.copy_(bias_of(layer, m))
-            ys.append(one(x[m]))
-        return torch.stack(ys)
-
-    close = torch.testing.assert_close
-    close(layer(x), plain(x))
-    close(layer(x[0]), plain(x[:1].expand_as(x)))
-    layer.layout = "folded"
-    close(layer(x.flatten(0, 1)), plain(x).flatten(0, 1))
-
-
-def test_conv_gradients():
-    """Of the input, the weight, both factors and the bias, by finite differences."""
-    layer = with_biases(BatchEnsembleConv2d(2, 4, 2, M, groups=2, **RANDOM))
-    names = [name for name, _ in layer.named_parameters()]
-
-    def function(x, *values):
-        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
-
-    shared = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-    assert torch.autograd.gradcheck(function, (shared, *values))
-    assert torch.autograd.gradgradcheck(function, (shared, *values))
-
-
-@pytest.mark.parametrize("layout", ["member_major", "folded", "shared"])
-def test_conv_keeps_channels_last(layout):
-    shape = {"member_major": (M, B), "folded": (M * B,), "shared": (B,)}[layout]
-    x = torch.randn(*shape, 7, 6, I).movedim(-1, -3)
-    options = {"padding": 1, "r_init": "normal", "s_init": "normal"}
-    options["layout"] = "folded" if layout == "folded" else "member_major"
-    layer = BatchEnsembleConv2d(I, O, 3, M, **options)
-    y = layer(x)
-    images = y if layout == "folded" else y.flatten(0, 1)
-    assert images.data_ptr() == y.data_ptr()
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    again = with_biases(BatchEnsembleConv2d(O, O, 3, M, layout=options["layout"]))(y)
-    images = again if layout == "folded" else again.flatten(0, 1)
-    assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_shared_image_without_r_is_convolved_once(monkeypatch):
-    seen = []
-    conv2d = nn.functional.conv2d
-
-    def spy(x, *args):
-        seen.append(len(x))
-        return conv2d(x, *args)
-
-    monkeypatch.setattr(nn.functional, "conv2d", spy)
-    layer = BatchEnsembleConv2d(I, O, 3, M, r=False)
-    assert layer(torch.randn(B, I, 5, 5)).shape[:2] == (M, B) and seen == [B]
-
-
 @pytest.mark.parametrize(
     "layer, x",
     [
@@ -247,18 +168,6 @@ LAYERS = [
 def test_contract(kind, sizes, options, shape, device):
     layer = kind(*sizes, r_init="normal", s_init="normal", device=device, **options)
     check_layer(with_biases(layer), torch.randn(*shape, device=device))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision(dtype):
-    """Not worse than plain layers of that dtype with the merged weight in float64 as the truth."""
-    layer = with_biases(BatchEnsembleConv2d(I, O, 3, M, r_init="normal", s_init="normal"))
-    layer = layer.to(dtype)
-    x = torch.randn(M, B, I, 6, 6).to(dtype)
-    exact = copy.deepcopy(layer).double()
-    truth = torch.stack([exact.member(m)(x[m].double()) for m in range(M)])
-    plain = torch.stack([layer.member(m)(x[m]) for m in range(M)])
-    assert_as_exact(f"conv in {dtype}", layer(x), plain, truth)
 
 
 def test_autocast_takes_activations_in_the_low_type():
@@ -370,3 +279,82 @@ def test_repr_says_what_it_is():
         "BatchEnsembleConv2d(4, 6, kernel_size=(3, 3), padding=(1, 1), padding_mode='circular', "
         "members=2, bias=True, layout='member_major', r_init=Ones(), s_init=Ones())"
     )
+
+
+@pytest.mark.parametrize("layout", ["member_major", "batch_major", "folded"])
+def test_rank_k_adds_up_k_outer_products(layout):
+    """Against one plain layer per member, whose weight is merged here; also in `member`."""
+    layer = with_biases(BatchEnsembleLinear(I, O, M, rank=2, layout=layout, **RANDOM))
+    nn.init.normal_(layer.s)
+    assert layer.r.shape == (2, M, I) and layer.s.shape == (2, M, O)
+    x = torch.randn(M, B, I, dtype=torch.float64)
+    want = []
+    for m in range(M):
+        outer = sum(torch.outer(layer.s[k, m], layer.r[k, m]) for k in range(2))
+        want.append(nn.functional.linear(x[m], layer.weight * outer, layer.bias[m]))
+        torch.testing.assert_close(layer.member(m)(x[m]), want[m])
+    want = torch.stack(want)
+    placed = {
+        "member_major": lambda t: t,
+        "batch_major": lambda t: t.transpose(0, 1),
+        "folded": lambda t: t.flatten(0, 1),
+    }[layout]
+    torch.testing.assert_close(layer(placed(x)), placed(want))
+    check_layer(layer.float(), placed(x).float())
+
+
+def test_rank_k_starts_as_rank_one():
+    """All of r is drawn, the first s set; the others wait at zero."""
+    one = BatchEnsembleLinear(I, O, M, r_init="normal", s_init="random_sign")
+    layer = BatchEnsembleLinear(I, O, M, rank=3, r_init="normal", s_init="random_sign")
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(one, name).copy_(getattr(layer, name))
+        one.r.copy_(layer.r[0])
+        one.s.copy_(layer.s[0])
+    assert not torch.equal(layer.r[0], layer.r[1]) and not layer.s[1:].any()
+    x = torch.randn(B, I)
+    torch.testing.assert_close(layer(x), one(x))
+    assert layer.fast_parameters() == [layer.r, layer.s]
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_activation_comes_last_and_once(rank):
+    """After the bias and the sum over k; `member` has it, too."""
+    layer = BatchEnsembleLinear(I, O, M, rank=rank, activation="relu", **RANDOM)
+    with_biases(layer)
+    x = torch.randn(M, B, I, dtype=torch.float64)
+    y = layer(x)
+    layer.activation = None
+    torch.testing.assert_close(y, layer(x).relu())
+    assert (layer(x) < 0).any()
+    layer.activation = "relu"
+    for m in range(M):
+        assert isinstance(layer.member(m)[1], nn.ReLU)
+        torch.testing.assert_close(layer.member(m)(x[m]), y[m])
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"rank": 2}, {"activation": "relu"}], ids=str)
+def test_rows_choose_their_members(options):
+    """In any order and number; a row with further dimensions is one row."""
+    layer = with_biases(BatchEnsembleLinear(I, O, M, layout="folded", **options, **RANDOM))
+    index = torch.tensor([2, 0, 0, 2, 2, 0, 2])  # member 1 has none, and M divides not
+    for shape in ((7, I), (7, L, I)):
+        x = torch.randn(shape, dtype=torch.float64)
+        want = torch.stack([layer.member(m)(row) for m, row in zip(index.tolist(), x, strict=True)])
+        torch.testing.assert_close(layer(x, index), want)
+
+
+def test_gradients_reach_the_chosen_members_only():
+    layer = BatchEnsembleLinear(I, O, M, layout="folded", **RANDOM)
+    index = torch.tensor([2, 0, 0])
+    x = torch.randn(3, I, dtype=torch.float64)
+    layer(x, index).square().sum().backward()
+    got = [p.grad.clone() for p in (layer.weight, layer.r, layer.s, layer.bias)]
+    assert not any(g[1].any() for g in got[1:])
+    layer.zero_grad()
+    rows = torch.stack([x[1], x[2], *[torch.zeros(I).double()] * 2, x[0], torch.zeros(I).double()])
+    y = layer(rows)  # two rows per member, of which the zeros are not in the loss
+    y[[0, 1, 4]].square().sum().backward()
+    for a, p in zip(got, (layer.weight, layer.r, layer.s, layer.bias), strict=True):
+        torch.testing.assert_close(a, p.grad)

@@ -13,6 +13,8 @@ from landscape_fast.nn import (
     FoldedEnsemble,
     convert_,
     ensemble_layers,
+    extract_member,
+    to_deep_ensemble,
 )
 from landscape_fast.testing import check_layer
 
@@ -205,10 +207,123 @@ def test_refuses_what_would_be_lost_and_changes_nothing(make, text):
     assert before == [(name, id(m)) for name, m in net.named_modules()]
 
 
-def test_what_is_refused_can_be_excluded():
+@pytest.mark.parametrize("exclude", ["1.self_attn", nn.MultiheadAttention])
+def test_a_transformer_without_its_attention_is_refused(exclude):
+    """Its fast path would read the shared weights of the other layers, without their factors."""
     net = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8))
+    text = "layer '1.linear1' must be called by what is around it; got TransformerEncoderLayer, wh"
+    with pytest.raises(ValueError, match=text):
+        convert_(net, M, exclude=exclude)
+    with pytest.raises(ValueError, match="layer '1.norm1' must be called by what is around it"):
+        convert_(net, M, include=nn.LayerNorm, norm="per_member")
+    with pytest.raises(ValueError, match="'1.self_attn.out_proj' must be called by .* Multihead"):
+        convert_(net, M, include="1.self_attn.out_proj")
     convert_(net, M, exclude=nn.TransformerEncoderLayer)
     assert list(ensemble_layers(net)) == ["0"]
+
+
+def transformer(**options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, **options)
+    net = nn.TransformerEncoder(layer, 2).double().eval()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize("norm", ["shared", "per_member"])
+@pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_transformer_is_one_transformer_per_member(options, norm, masked):
+    """In evaluation mode, where its fast path would pass over the factors; with and without
+    padding, which turns a batch into nested tensors on that path."""
+    net = convert_(transformer(**options), M, layout="folded", norm=norm,
+                   r_init="normal", s_init="normal")  # fmt: skip
+    x = torch.randn(M, 2, 5, 8, dtype=torch.float64)
+    padding = torch.zeros(M, 2, 5, dtype=torch.bool)
+    padding[:, 1, 3:] = True
+    with torch.no_grad():
+        mask = padding.flatten(0, 1) if masked else None
+        y = net(x.flatten(0, 1), src_key_padding_mask=mask).unflatten(0, (M, 2))
+        for m in range(M):
+            single = extract_member(net, m)
+            assert type(single.layers[0].self_attn) is nn.MultiheadAttention
+            want = single(x[m], src_key_padding_mask=padding[m] if masked else None)
+            seen = ~padding[m] if masked else slice(None)
+            torch.testing.assert_close(y[m][seen], want[seen])
+    assert not torch.allclose(y[0, 0], net(x[:1].expand_as(x).flatten(0, 1))[2])
+
+
+def test_the_function_of_a_transformer_stays():
+    net = transformer()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    with torch.no_grad():
+        want, masked = net(x), net(x, mask=causal, is_causal=True)
+        ensemble = FoldedEnsemble(convert_(net, M, layout="folded"), M)
+        torch.testing.assert_close(ensemble(x), want.expand(M, *want.shape))
+        y = net(x.repeat(M, 1, 1), mask=causal, is_causal=True)
+    torch.testing.assert_close(y.unflatten(0, (M, 2)), masked.expand(M, *masked.shape))
+
+
+def test_a_decoder_and_a_member_major_encoder():
+    layer = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True).double()
+    x, memory = torch.randn(M, 2, 5, 8).double(), torch.randn(M, 2, 4, 8).double()
+    net = convert_(layer, M, layout="folded", r_init="normal")
+    y = net(x.flatten(0, 1), memory.flatten(0, 1)).unflatten(0, (M, 2))
+    for m in range(M):
+        torch.testing.assert_close(y[m], extract_member(net, m)(x[m], memory[m]))
+    net = convert_(transformer(), M, layout="member_major", r_init="normal")
+    y = net(x)
+    for m in range(M):
+        torch.testing.assert_close(y[m], extract_member(net, m)(x[m]))
+
+
+class Every(nn.Module):
+    """One layer of each kind that can be converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ConvTranspose1d(4, 2, 3)
+        )
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 2, 3)
+        )
+        self.conv3 = nn.Sequential(
+            nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4), nn.ConvTranspose3d(4, 2, 3)
+        )
+        self.last = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
+
+    def forward(self, x):
+        y = self.conv1(x.flatten(2)).view_as(x)
+        y = self.conv2(y.flatten(3)).view_as(x)
+        return self.last(self.conv3(y))
+
+
+@pytest.mark.parametrize("norm", ["shared", "per_member"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_every_kind_is_converted(norm, rank):
+    net = Every().double()
+    x = torch.randn(2, 2, 4, 4, 4, dtype=torch.float64)
+    for _ in range(3):
+        net(x)
+    net.eval()
+    want = net(x)
+    convert_(net, M, layout="folded", norm=norm, rank=rank, s_init="ones")
+    ensemble = FoldedEnsemble(net, M)
+    torch.testing.assert_close(ensemble(x), want.expand(M, *want.shape))
+    kinds = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvTransposeNd]
+    assert not any(type(m) in kinds for m in net.modules())
+    assert len(ensemble_layers(net)) == 7
+    assert all(layer.rank == rank for layer in ensemble_layers(net).values())
+    norms = [m for m in net.modules() if "Norm" in type(m).__name__]
+    assert len(norms) == 4
+    assert all(hasattr(m, "members") == (norm == "per_member") for m in norms)
+    for layer in ensemble_layers(net).values():
+        nn.init.normal_(layer.r)
+    y = ensemble(x)
+    torch.testing.assert_close(to_deep_ensemble(ensemble)(x), y)
 
 
 def test_an_error_in_the_options_changes_nothing():
@@ -234,6 +349,11 @@ def test_an_error_in_the_options_changes_nothing():
             "include must be a name, pattern or type of layers .*; got 'head'; there are 'stem',",
         ),
         (lambda: convert_(Net(), 2, exclude=nn.ReLU), "exclude must be .*; got ReLU; there are"),
+        (
+            lambda: convert_(Net(), 2, norm="own"),
+            "convert_: norm must be 'shared' or 'per_member'; got 'own'",
+        ),
+        (lambda: convert_(Net(), 2, include=nn.BatchNorm2d), "include must be .*; got BatchNorm2d"),
         (lambda: convert_(Net(), 2, include=3), "include must be names, patterns or module types"),
         (
             lambda: FoldedEnsemble(convert_(Net(), 2), 2),
