@@ -34,6 +34,7 @@ from landscape_fast.nn.hyper_batch import (
 )
 from landscape_fast.nn.init import Normal, Ones, RandomSign, first_only_
 from landscape_fast.nn.members import MemberLinear, MemberScale, member_linear
+from landscape_fast.nn.memory import activation_memory, saved_bytes
 from landscape_fast.nn.norm import (
     EnsembleBatchNorm1d,
     EnsembleBatchNorm2d,
@@ -67,6 +68,7 @@ __all__ = [
     "Ones",
     "RandomSign",
     "ReLUDropout",
+    "activation_memory",
     "batch_ensemble_conv",
     "batch_ensemble_conv2d",
     "convert_",
@@ -75,6 +77,7 @@ __all__ = [
     "first_only_",
     "member_linear",
     "relu_dropout",
+    "saved_bytes",
     "split_members",
     "tile_members",
     "to_deep_ensemble",
