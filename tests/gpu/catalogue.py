@@ -114,6 +114,22 @@ def _on_list(function, coeffs, *anchors, **options):
     return function(coeffs, list(anchors), **options)
 
 
+def _call(function, *tensors, **options):
+    return function(*tensors, **options)
+
+
+def _far_from_zero(scale):
+    """y is about 8 or -8, so that no rounding changes which elements a relu lets through."""
+    *tensors, bias = _linear(lambda M, B, I: (M, B, I))(scale)
+    return [*tensors, bias + 8 * bias.sign()]
+
+
+def _held(function, x, *parameters, **options):
+    """Parameters in float32, as under autocast."""
+    held = [t.float() if t.element_size() == 2 else t for t in parameters]
+    return function(x, *held, **options)
+
+
 def _linear_entries():
     shapes = {
         "member_major": lambda M, B, I: (M, B, I),
@@ -130,6 +146,13 @@ def _linear_entries():
             partial(batch_ensemble_linear_reference, **options),
             _linear(rows),
         )
+
+    wide = "linear float32 parameters", _held, _linear(shapes["member_major"])
+    relu = "linear relu", partial(_call, activation="relu"), _far_from_zero
+    for name, call, make in (wide, relu):
+        definition = partial(call, batch_ensemble_linear_reference)
+        function = partial(call, batch_ensemble_linear)
+        yield Entry(name, "batch_ensemble_linear", function, definition, make)
 
 
 def _divergence_entries():
