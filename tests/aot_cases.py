@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import aot
+import aot_hyper_batch
 import torch
 
 from landscape_fast.kernels import batch_ensemble_linear as linear
@@ -34,7 +35,9 @@ class Case(NamedTuple):
 def cases(arch: int) -> Iterator[Case]:
     """All cases for an architecture."""
     yield from _linear(arch)
+    yield from (Case(*case) for case in aot_conv_cases.cases(arch, TENSOR_CORES))
     yield from _combine(arch)
+    yield from (Case(*case) for case in aot_hyper_batch.cases(arch, TENSOR_CORES[arch]))
 
 
 def _linear(arch: int) -> Iterator[Case]:

@@ -9,7 +9,7 @@ from landscape_fast.ops._batch_ensemble_conv_checks import (
     conv_options,
     pair,
 )
-from landscape_fast.ops._batch_ensemble_conv_nd import as_image, by_library, prepare
+from landscape_fast.ops._batch_ensemble_conv_nd import as_image, prepare, run_by_library
 from landscape_fast.ops._checks import require
 from landscape_fast.ops.batch_ensemble_conv2d import batch_ensemble_conv2d, run_images
 
@@ -94,7 +94,7 @@ def batch_ensemble_conv(
     options = (stride, padding, dilation, groups, padding_mode, output_padding, transposed)
     tensors, members, conv = prepare(op, tensors, options, layout, activation)
     if transposed or weight.ndim == 5:
-        y = by_library(tensors, members, conv, activation)
+        y = run_by_library(tensors, members, conv, activation)
     elif weight.ndim == 4:
         y = run_images(tensors, members, conv, activation)
     else:

@@ -4,9 +4,8 @@ from math import prod
 
 from torch import Tensor
 
-from landscape_fast.ops import _batch_ensemble_conv_ways as ways
-from landscape_fast.ops._batch_ensemble_conv2d_plan import composed_plan
-from landscape_fast.ops._batch_ensemble_conv_autograd import composed
+from landscape_fast.ops._batch_ensemble_conv2d_plan import Plan, composed_plan
+from landscape_fast.ops._batch_ensemble_conv_autograd import apply
 from landscape_fast.ops._batch_ensemble_conv_checks import (
     Conv,
     check,
@@ -14,6 +13,7 @@ from landscape_fast.ops._batch_ensemble_conv_checks import (
     geometry,
     output_size,
 )
+from landscape_fast.ops._batch_ensemble_conv_ways import definition
 from landscape_fast.ops._dispatch import autocast_input, transforming
 
 
@@ -41,18 +41,22 @@ def prepare(
     return (x, weight, *rest), members, conv
 
 
-def by_library(tensors: tuple, members: int, conv: Conv, activation: str | None) -> Tensor:
-    """[M, B, O, *pixels] by library calls, in the quicker way."""
+def run_by_library(tensors: tuple, members: int, conv: Conv, activation: str | None) -> Tensor:
+    """[M, B, O, *pixels] of prepared tensors by library calls, in the quicker way."""
+    if transforming() or tensors[0].numel() == 0:
+        return definition(*tensors, members, conv, activation)
+    plan = library_plan(tensors, members, conv)
+    return apply(*tensors, members, conv, activation, plan)
+
+
+def library_plan(tensors: tuple, members: int, conv: Conv) -> Plan:
+    """The quicker library path on a CPU."""
     x, weight, r = tensors[:3]
-    if transforming() or x.numel() == 0:
-        return ways.definition(*tensors, members, conv, activation)
     pixels = tuple(x.shape[3:])
     if not conv.transposed:
         pixels = output_size(pixels, tuple(weight.shape[2:]), conv)
     products = x.shape[1] * prod(pixels) * weight.numel()
-    alone = x.shape[0] == 1 and r is None
-    plan = composed_plan(members, products, alone)
-    return composed(*tensors, members, conv, activation, plan)
+    return composed_plan(members, products, x.shape[0] == 1 and r is None)
 
 
 def as_image(tensors: tuple, conv: Conv) -> tuple[tuple, Conv]:

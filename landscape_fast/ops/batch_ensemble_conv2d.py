@@ -1,13 +1,24 @@
 """A convolution of M members that share one weight up to rank-one factors (BatchEnsemble)."""
 
+from functools import cache
+from math import prod
+
+import torch
 from torch import Tensor
 
-from landscape_fast.ops import _batch_ensemble_conv_ways as ways
-from landscape_fast.ops._batch_ensemble_conv_checks import Conv
-from landscape_fast.ops._batch_ensemble_conv_nd import by_library, prepare
-from landscape_fast.ops._dispatch import KERNEL_DTYPES, declare, pick
+from landscape_fast.ops import _dispatch
+from landscape_fast.ops._batch_ensemble_conv2d_fused import channels_last, fusable, tf32_allowed
+from landscape_fast.ops._batch_ensemble_conv2d_plan import Plan, Problem, choose
+from landscape_fast.ops._batch_ensemble_conv_autograd import apply
+from landscape_fast.ops._batch_ensemble_conv_checks import Conv, output_size
+from landscape_fast.ops._batch_ensemble_conv_nd import library_plan, prepare
+from landscape_fast.ops._batch_ensemble_conv_ways import definition
+from landscape_fast.ops._batch_ensemble_linear_plan import Needs
+from landscape_fast.ops._checks import message
+from landscape_fast.ops._dispatch import KERNEL_DTYPES, declare, pick, transforming, wants_grad
 
 OP = "batch_ensemble_conv2d"
+FUSED = Plan("fused", "fused")
 
 declare(OP, triton=KERNEL_DTYPES)
 
@@ -98,13 +109,49 @@ def batch_ensemble_conv2d_reference(
     """The definition: every backend is tested against this, run in float64."""
     options = (stride, padding, dilation, groups, padding_mode, (0, 0), False)
     tensors, members, conv = prepare(OP, (x, weight, r, s, bias), options, layout, activation)
-    y = ways.definition(*tensors, members, conv, activation)
+    y = definition(*tensors, members, conv, activation)
     return y.flatten(0, 1) if layout == "folded" else y
 
 
 def run_images(
     tensors: tuple, members: int, conv: Conv, activation: str | None, backend: str = "auto"
 ) -> Tensor:
-    """[M, B, O, *pixels] of checked tensors, x as [M or 1, B, I, H, W]."""
-    pick(OP, backend, tensors[0])
-    return by_library(tensors, members, conv, activation)
+    """[M, B, O, *pixels] of prepared tensors, x as [M or 1, B, I, H, W], with a choice of ways."""
+    x, name = tensors[0], pick(OP, backend, tensors[0])
+    obstacle = fusable(conv)
+    if backend == "triton" and obstacle:
+        argument, _, rule = obstacle.partition(" must be ")
+        got = conv.groups if argument == "groups" else repr(conv.mode)
+        raise ValueError(message(OP, argument, f"{rule} with backend 'triton'", got))
+    if transforming() or x.numel() == 0:
+        return definition(*tensors, members, conv, activation)
+    forced = backend == "triton" or _dispatch.FORCED == "triton"
+    if name == "torch" and x.device.type != "cuda":
+        plan = library_plan(tensors, members, conv)
+    elif name == "triton" and forced and not obstacle:
+        plan = FUSED
+    else:
+        plan = _plan(tensors, members, conv, name == "triton" and not obstacle)
+    return apply(*tensors, members, conv, activation, plan)
+
+
+@cache
+def _architecture(index: int) -> int:
+    """Which column of the plan's tables a CUDA device belongs to."""
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(index)[0], 80)
+
+
+_architecture._dynamo_marked_constant = True  # torch.compile may take its answer for granted
+
+
+def _plan(tensors: tuple, members: int, conv: Conv, fused: bool) -> Plan:
+    x, weight, r, s, _ = tensors
+    needs = Needs(*[wants_grad(t) for t in tensors]) if torch.is_grad_enabled() else Needs()
+    (O, _, *kernel), (B, I, *size) = weight.shape, x.shape[1:]
+    kind = "half" if x.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
+    problem = Problem(
+        members, B, I, O, prod(kernel), prod(size), prod(output_size(size, kernel, conv)),
+        _architecture(x.device.index), kind, x.shape[0] == 1 and members > 1,
+        r is not None, s is not None, channels_last(x),
+    )  # fmt: skip
+    return choose(problem, needs, fused)
