@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import aot
+import aot_conv_cases
 import aot_hyper_batch
 import torch
 
