@@ -75,8 +75,7 @@ def from_peer(state: Mapping[str, Any], peer: str) -> dict[str, Tensor]:
         else:
             named = _read_edward2(prefix, layer, layers, peer)
         for name, value in named.items():
-            once = name not in found
-            require(once, "from_peer", "state", "a mapping with one value per name", f"two {name}")
+            _once(found, name)
             found[name] = value
     return found
 
@@ -116,6 +115,11 @@ def to_peer(
             path = prefix.replace(".", "/")
             found |= {f"{path}/{name}" if path else name: _array(v) for name, v in named.items()}
     return found
+
+
+def _once(found: dict, name: str) -> None:
+    rule = "a mapping with one value per name"
+    require(name not in found, "from_peer", "state", rule, f"two {name}")
 
 
 def _check_peer(op: str, peer: str) -> None:
@@ -195,6 +199,7 @@ def _read_edward2(prefix, layer, layers, peer):
             ours, value = "weight", value.permute(2, 3, 0, 1).flatten(0, 1).unsqueeze(1)
         elif name == "kernel":
             ours, value = names.get(name, "weight"), _read_kernel(value)
+        _once(found, ours)
         found[ours] = value.contiguous()
     return _dotted(prefix, found)
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import sys
+import types
 
 import pytest
 
@@ -27,6 +28,8 @@ def torch_uncertainty_layers():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("torch_uncertainty is not installed")
     path = package.locate_file("torch_uncertainty/layers/batch_ensemble.py")
+    for name in ("torch_uncertainty", "torch_uncertainty.layers"):  # pickle asks for the parents
+        sys.modules.setdefault(name, types.ModuleType(name))
     spec = importlib.util.spec_from_file_location(TU_LAYERS, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[TU_LAYERS] = module  # under its own name, by which accelerate_ knows its classes
