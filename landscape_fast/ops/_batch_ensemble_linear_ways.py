@@ -15,8 +15,8 @@ from landscape_fast.ops._library import define
 # Multiplying 16-bit tensors into a float32 result: torch 2.8 and later, on CUDA.
 WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
 # Elements of G that outer_backward holds at a time, unless one member has more: what a cache keeps,
-# or enough for a launch.
-OUTER_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
+# enough for a launch, few enough steps for a graph.
+OUTER_ELEMENTS = {"cpu": 2**16, "cuda": 2**22, "compiled": 2**24}
 
 
 def per_row(t: Tensor, batch_major: bool) -> Tensor:
@@ -95,7 +95,8 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
         d = d.sum(0, dtype=wide) if x.ndim == 2 else d.flatten(0, 1)
         d, rows = d.unsqueeze(0), x if x.ndim == 2 else rows.flatten(0, 1).unsqueeze(0)
     rows = rows if rows.ndim == 3 else rows.expand(d.shape[0], *rows.shape)
-    M, step = d.shape[0], max(1, OUTER_ELEMENTS.get(d.device.type, 2**22) // weight.numel())
+    kind = "compiled" if torch.compiler.is_compiling() else "cuda" if d.is_cuda else "cpu"
+    M, step = d.shape[0], max(1, OUTER_ELEMENTS[kind] // weight.numel())
     dweight = w.new_zeros(weight.shape) if need_weight else None
     dr, ds = [], []
     for first in range(0, M, step):
