@@ -44,6 +44,49 @@ void pairwise_disagreement(const Labels& labels, float* out, int threads);
 int64_t ensemble_summary(const Logits& logits, const int64_t* targets, int64_t bins,
                          int64_t ignore_index, float* members, float* ensemble, int threads);
 
+// Float32 rows of M members: feature f of row (m, b) is data[m * stride_m + b * stride_b + f *
+// stride_f]. A stride of 0 repeats.
+struct MemberRows {
+  const float* data;
+  int64_t stride_m, stride_b, stride_f;
+};
+
+// One float32 vector per member, of unit stride; null for none, stride_m 0 for one for all.
+struct MemberFactor {
+  const float* data;
+  int64_t stride_m;
+};
+
+// y[m, b, o] = act(s[m, o] * sum_i weight[o, i] * r[m, i] * x[m, b, i] + bias[m, o]), act the
+// identity or ReLU; weight[o, i] is at o * stride_o + i * stride_i. No size is 0.
+struct BatchEnsembleLinear {
+  int64_t M, B, I, O;
+  MemberRows x;
+  const float* weight;
+  int64_t weight_stride_o, weight_stride_i;
+  MemberFactor r, s, bias;
+  bool relu;
+};
+
+// Where y (m, b) lies, O elements. With `few`, the weight (which then has unit stride along I) is
+// read where it is, else packed first: quicker from a few hundred rows on.
+void batch_ensemble_linear(const BatchEnsembleLinear& op, float* y, int64_t y_stride_m,
+                           int64_t y_stride_b, bool few, int threads);
+
+// What is wanted of the gradients, contiguous; null for what is not.
+struct BatchEnsembleLinearGradients {
+  float* dx;  // rows (m, b) of I elements at these strides; stride_m 0 adds the members up
+  int64_t dx_stride_m, dx_stride_b;
+  float *dweight, *dr, *ds;  // [O, I], [M, I], [M, O]
+  float* dbias;              // [M, O], or [O]: the sum over the members
+  bool dbias_shared;
+};
+
+// dy [M, B, O]; y, of unit stride along O, is read where op.relu, and null otherwise.
+void batch_ensemble_linear_backward(const BatchEnsembleLinear& op, const MemberRows& dy,
+                                    const MemberRows& y, const BatchEnsembleLinearGradients& out,
+                                    int threads);
+
 // The SIMD variant that CPU kernels run here: "avx512", "avx2" or "baseline".
 const char* cpu_isa();
 

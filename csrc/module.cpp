@@ -59,6 +59,48 @@ void cpu_entries(py::module_& m) {
         });
 }
 
+using Integers2 = std::array<int64_t, 2>;
+using Integers4 = std::array<int64_t, 4>;
+
+MemberRows rows_at(const Integers4& t) {  // address, strides
+  return {pointer<const float>(uintptr_t(t[0])), t[1], t[2], t[3]};
+}
+
+MemberFactor factor_at(const Integers2& t) {
+  return {pointer<const float>(uintptr_t(t[0])), t[1]};
+}
+
+BatchEnsembleLinear linear_at(const Integers4& sizes, const Integers4& x,
+                              const std::array<int64_t, 3>& weight, const Integers2& r,
+                              const Integers2& s, const Integers2& bias, bool relu) {
+  return {sizes[0],     sizes[1],  sizes[2],     sizes[3],        rows_at(x),
+          pointer<const float>(uintptr_t(weight[0])), weight[1], weight[2],
+          factor_at(r), factor_at(s), factor_at(bias), relu};
+}
+
+void cpu_linear_entries(py::module_& m) {
+  m.def("batch_ensemble_linear",
+        [](const Integers4& sizes, const Integers4& x, const std::array<int64_t, 3>& weight,
+           const Integers2& r, const Integers2& s, const Integers2& bias, bool relu,
+           const Integers4& y, bool few, int threads) {
+          py::gil_scoped_release released;
+          batch_ensemble_linear(linear_at(sizes, x, weight, r, s, bias, relu),
+                                pointer<float>(uintptr_t(y[0])), y[1], y[2], few, threads);
+        });
+  m.def("batch_ensemble_linear_backward",
+        [](const Integers4& sizes, const Integers4& x, const std::array<int64_t, 3>& weight,
+           const Integers2& r, const Integers2& s, bool relu, const Integers4& dy,
+           const Integers4& y, const std::array<int64_t, 3>& dx, uintptr_t dweight, uintptr_t dr,
+           uintptr_t ds, uintptr_t dbias, bool dbias_shared, int threads) {
+          py::gil_scoped_release released;
+          const BatchEnsembleLinearGradients out{
+              pointer<float>(uintptr_t(dx[0])), dx[1], dx[2], pointer<float>(dweight),
+              pointer<float>(dr), pointer<float>(ds), pointer<float>(dbias), dbias_shared};
+          batch_ensemble_linear_backward(linear_at(sizes, x, weight, r, s, {0, 0}, relu),
+                                         rows_at(dy), rows_at(y), out, threads);
+        });
+}
+
 #ifdef LSF_WITH_CUDA
 void raise_on(int error, const char* what) {
   if (error != 0) {
@@ -150,6 +192,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU and CUDA kernels of landscape_fast; reach it through landscape_fast._extension.";
   m.attr("build_info") = LSF_BUILD_INFO;
   cpu_entries(m);
+  cpu_linear_entries(m);
 #ifdef LSF_WITH_CUDA
   m.attr("with_cuda") = true;
   cuda_entries(m);

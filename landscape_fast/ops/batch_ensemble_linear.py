@@ -5,6 +5,12 @@ from torch import Tensor
 
 from landscape_fast.ops import _dispatch
 from landscape_fast.ops._batch_ensemble_linear_checks import OP, check, check_types, members_of
+from landscape_fast.ops._batch_ensemble_linear_cpu import (
+    CPP,
+    cpu_backward_op,
+    cpu_forward_op,
+    cpu_plan,
+)
 from landscape_fast.ops._batch_ensemble_linear_index import indexed, indexed_reference
 from landscape_fast.ops._batch_ensemble_linear_plan import (
     EXACT,
@@ -40,7 +46,7 @@ from landscape_fast.ops._dispatch import (
     without_autocast,
 )
 
-declare(OP, triton=KERNEL_DTYPES)
+declare(OP, cpp=(torch.float32,), triton=KERNEL_DTYPES)
 
 
 def batch_ensemble_linear(
@@ -71,9 +77,10 @@ def batch_ensemble_linear(
         index: [N] int64 in [0, M), with the layout "folded" and x [N, I]: the member of each row,
             in any order and number. It runs in plain PyTorch.
         activation: "relu" for max(y, 0), applied before y is written; None.
-        backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`. On CUDA tensors
-            "auto" takes, for each shape, what is expected to be quicker: the Triton kernels, or the
-            composition of library calls that "torch" names.
+        backend: "auto", "torch", "cpp" or "triton"; see `landscape_fast.show_config`. "auto" takes,
+            for each shape, what is expected to be quicker: the kernels (Triton on CUDA tensors,
+            compiled ones for float32 on the CPU), or the composition of library calls that "torch"
+            names.
 
     Returns:
         [M, B, O], [B, M, O], [M*B, O] or, with an index, [N, O], contiguous, in the dtype of `x`.
@@ -172,6 +179,9 @@ def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
         plan = composed_plan(x, examples(x, sizes[1]), x.shape[-1], needs)
     elif backend == "triton" or _dispatch.FORCED == "triton":
         plan = FUSED
+    elif name == "cpp":
+        forced = "cpp" in (backend, _dispatch.FORCED)
+        plan = CPP if forced else cpu_plan(x, weight, r, sizes, needs)
     else:
         plan = plan_for(x, weight, (r, s), sizes, needs, exact)
     return plan._replace(backward=EXACT.get(plan.backward, plan.backward)) if exact else plan
@@ -179,6 +189,8 @@ def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
 
 def _forward(x, weight, r, s, bias, members, batch_major, relu, way):
     """(y, z or None)"""
+    if way == "cpp":
+        return cpu_forward_op(x, weight, r, s, bias, members, batch_major, relu), None
     if way == "fused":
         return forward_op(x, weight, r, s, bias, members, batch_major, relu), None
     return composed(x, *rounded(x.dtype, weight, r, s, bias), members, batch_major, relu)
@@ -204,7 +216,8 @@ class _BatchEnsembleLinear(torch.autograd.Function):
     def gradients(ctx, dy):
         x, weight, r, s, z, y = ctx.saved_tensors
         needs, batch_major = ctx.needs_input_grad[:5], ctx.batch_major
-        if y is not None:
+        compiled = ctx.plan == "cpp" and not wants_graph()
+        if y is not None and not compiled:
             dy = torch.ops.aten.threshold_backward(dy, y.detach(), 0)
         if wants_graph():
             layout = "batch_major" if batch_major else "member_major"
@@ -217,6 +230,9 @@ class _BatchEnsembleLinear(torch.autograd.Function):
 
             return reference_backward(definition, (x, weight, r, s, bias), needs, dy)
         bias_shared = ctx.bias_shape is not None and len(ctx.bias_shape) == 1
+        if compiled:
+            found = cpu_backward_op(dy, y, x, weight, r, s, needs, bias_shared, batch_major)
+            return [g if need else None for g, need in zip(found, needs, strict=True)]
         how = (needs, bias_shared, ctx.bias_dtype, batch_major)
         if ctx.plan == "composed":
             return composed_backward(dy, x, *rounded(x.dtype, weight, r, s), z, *how)
