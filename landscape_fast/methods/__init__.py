@@ -1,8 +1,14 @@
-"""How ensembles are trained: deep ensembles and BatchEnsemble, on one resumable loop."""
+"""How ensembles are trained, on one resumable loop, and which of their members are worth it."""
 
 from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import DeepEnsemble, Trained, train_deep_ensemble
+from landscape_fast.methods.hyper_batch import (
+    HyperBatchEnsemble,
+    Tuning,
+    ensemble_cross_entropy,
+    train_hyper_batch,
+)
 from landscape_fast.methods.hyper_deep import HyperDeep, WeightedEnsemble, train_hyper_deep
 from landscape_fast.methods.interrupt import TrainingInterrupted
 from landscape_fast.methods.optim import make_optimizer, param_groups
@@ -14,15 +20,18 @@ from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 __all__ = [
     "Choice",
     "DeepEnsemble",
+    "HyperBatchEnsemble",
     "HyperDeep",
     "LogUniform",
     "Selection",
     "TrainConfig",
     "Trained",
     "TrainingInterrupted",
+    "Tuning",
     "Uniform",
     "WeightedEnsemble",
     "batch_ensemble_recipe",
+    "ensemble_cross_entropy",
     "fit",
     "gibbs_cross_entropy",
     "make_optimizer",
@@ -32,5 +41,6 @@ __all__ = [
     "single_recipe",
     "train_batch_ensemble",
     "train_deep_ensemble",
+    "train_hyper_batch",
     "train_hyper_deep",
 ]
