@@ -50,10 +50,10 @@ def test_every_member_draws_its_own_permutation():
     assert torch.equal(more[0][0][:MEMBERS], batches[0][0])
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (2, 1, 3, 3), (0, 3, 8, 8)])
+@pytest.mark.parametrize("shape", [(8, 2, 5, 7), (2, 1, 3, 3), (0, 3, 8, 8)])
 def test_crops_and_flips_row_by_row(shape):
     x = torch.randn(shape)
-    shifts, flips = torch.randint(-4, 5, (shape[0], 2)), torch.rand(shape[0]) < 0.5
+    shifts, flips = torch.randint(-4, 5, (shape[0], 2)), torch.arange(shape[0]) % 2 == 0
     got = crop_flip(x, shifts, flips)
     assert got.shape == x.shape
     for n in range(shape[0]):
@@ -88,10 +88,11 @@ def test_every_row_of_an_epoch_is_changed_by_its_own_draw(members):
 
 
 def test_the_same_crops_every_time_and_others_next_epoch():
-    x = torch.randn(ROWS, 1, 8, 8)
-    first, again, later = (opened(CROPS, 0, epoch=e, x=x)[0] for e in (0, 0, 1))
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], later[0])
+    x = torch.randn(1, 1, 8, 8).expand(ROWS, 1, 8, 8)  # the order of the rows makes no difference
+    first, again, later = (opened(CROPS, 0, epoch=e, x=x)[0][0] for e in (0, 0, 1))
+    assert torch.equal(first, again)
+    same = (first == later).flatten(1).all(1)
+    assert same.sum() < 3  # of 16 rows, each with 162 crops
 
 
 def test_crops_need_images():
