@@ -184,24 +184,25 @@ def test_penalties_that_are_too_strong_are_tuned_down():
     From penalties drawn from nearly the whole range, so that the network learns what they do; a
     narrow start can be tuned into the wrong direction.
     """
-    config = dataclasses.replace(CONFIG, epochs=80, schedule="constant", weight_decay=0.0)
-    wide = Tuning(every=1, lr=0.02, entropy=0.0, width=9.0, first_epoch=10)
+    settings = {"epochs": 60, "seed": 7, "schedule": "constant", "weight_decay": 0.0}
+    config = dataclasses.replace(CONFIG, **settings)
+    wide = Tuning(every=1, lr=0.05, entropy=0.0, width=9.0, first_epoch=10)
 
     def network():
         return HyperBatchNetwork(build(dropout=0.0).network, 1e-2, 10.0, std=0.1, body=(8,))
 
     tuned = train(config, network, tuning=wide)
-    fixed = train(config, network, tuning=dataclasses.replace(wide, first_epoch=80))
+    fixed = train(config, network, tuning=dataclasses.replace(wide, first_epoch=60))
     start = fixed.histories[0][0]["lambdas"]
     assert fixed.histories[0][-1]["lambdas"] == start and min(start.values()) > 1
     end = tuned.histories[0][-1]["lambdas"]
     for name in ("0.weight", "3.weight"):  # a bias of so few rows matters little
         assert end[name] < 0.5 * start[name]
-    _, _, held_x, held_y = hold_out("", *rows(), 0.2, CONFIG.seed)
+    _, _, held_x, held_y = hold_out("", *rows(), 0.2, config.seed)
     losses = [
         float(ensemble_cross_entropy(predict(run.model, held_x), held_y)) for run in (tuned, fixed)
     ]
-    assert losses[0] < losses[1]
+    assert losses[0] < 0.5 * losses[1]
 
 
 def interrupt_after(steps):
