@@ -60,8 +60,9 @@ def train_batch_ensemble(
         ValueError: if the network has no member dimension.
         TrainingInterrupted, ValueError, RuntimeError: see `landscape_fast.methods.fit`.
 
-    Source: Wen et al. 2020 (arXiv:2002.06715); every batch goes to all members, as in the authors'
-    code.
+    Source: Wen et al. 2020 (arXiv:2002.06715). In the authors' code every batch goes to all
+    members; their text splits a batch of B rows among the members, which is member_batches="own"
+    with batch_size B // M, where one epoch is then M passes over the data in their count.
     """
     network = build_member(build, config, 0, device)
     members = count_members(network, x[:1].to(device))

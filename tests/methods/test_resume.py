@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_model_data_stream_or_method_is_refused(tmp_path
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["deep", "batch"])
+@pytest.mark.parametrize("method", ["deep", "batch", "pictures"])
 def test_on_a_gpu_too(tmp_path, method):
     """Kernels are deterministic, and the dropout state of the GPU is part of the checkpoint."""
     before = torch.cuda.get_rng_state()
