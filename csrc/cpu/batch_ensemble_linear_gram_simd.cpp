@@ -15,21 +15,25 @@ struct Scratch {
   float* panels;   // of x: [GROUP, examples, PANEL]
   float* lanes;    // sums for ds: [outputs, LANES]
   float* row;      // of dy: [outputs]
+  float* few;      // the sum of a few such rows: [outputs]
 };
+
+constexpr int64_t FEW = 16;  // rows of dy added up before they go to dbias: a smaller error
 
 int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 Scratch carve(float* scratch, int64_t outputs) {
   float* panels = scratch + whole(outputs, STRIP) * GRAM_BLOCK;
   float* lanes = panels + GROUP * GRAM_BLOCK * PANEL;
-  return {scratch, panels, lanes, lanes + outputs * LANES};
+  float* row = lanes + outputs * LANES;
+  return {scratch, panels, lanes, row, row + outputs};
 }
 
 // Rows of dy [o, o + outputs), shut where the ReLU was, into strips; their sums into dbias.
 void pack_columns(const GramJob& job, int64_t m, int64_t b, int64_t examples, int64_t o,
                   int64_t outputs, const Scratch& at, float* dbias) {
   const int64_t step = job.dy.stride_f;
-  for (int64_t j = 0; j < outputs; ++j) dbias[j] = 0;
+  for (int64_t j = 0; j < outputs; ++j) dbias[j] = at.few[j] = 0;
   for (int64_t e = 0; e < examples; ++e) {
     const float* dy = job.dy.data + m * job.dy.stride_m + (b + e) * job.dy.stride_b + o * step;
     if (step == 1) {
@@ -41,7 +45,10 @@ void pack_columns(const GramJob& job, int64_t m, int64_t b, int64_t examples, in
       const float* y = job.mask.data + m * job.mask.stride_m + (b + e) * job.mask.stride_b + o;
       for (int64_t j = 0; j < outputs; ++j) at.row[j] = y[j] <= 0.0f ? 0.0f : at.row[j];
     }
-    for (int64_t j = 0; j < outputs; ++j) dbias[j] += at.row[j];
+    for (int64_t j = 0; j < outputs; ++j) at.few[j] += at.row[j];
+    if ((e + 1) % FEW == 0 || e + 1 == examples) {
+      for (int64_t j = 0; j < outputs; ++j) dbias[j] += at.few[j], at.few[j] = 0;
+    }
     if (!job.products) continue;
     int64_t j = 0;
     float* to = at.columns + e * STRIP;
@@ -110,7 +117,7 @@ void use_panel(const float* columns, const float* panel, int64_t examples, int64
 namespace LSF_ISA {
 
 int64_t gram_scratch(const GramJob&, int64_t outputs) {
-  return whole(outputs, STRIP) * GRAM_BLOCK + GROUP * GRAM_BLOCK * PANEL + outputs * (LANES + 1);
+  return whole(outputs, STRIP) * GRAM_BLOCK + GROUP * GRAM_BLOCK * PANEL + outputs * (LANES + 2);
 }
 
 void gram_block(const GramJob& job, int64_t m, int64_t b, int64_t b_last, int64_t o, int64_t o_last,
