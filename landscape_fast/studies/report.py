@@ -47,14 +47,14 @@ def headline(document: dict[str, Any]) -> str:
     )
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple] = COLUMNS) -> str:
     """The rows as aligned text with one heading line; a dash where a value does not exist."""
-    cells = [[heading for _, heading, _ in COLUMNS]]
+    cells = [[heading for _, heading, _ in columns]]
     for row in rows:
         cells.append(
-            ["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS]
+            ["-" if row[key] is None else form.format(row[key]) for key, _, form in columns]
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
         "  ".join(
             text.ljust(width) if i == 0 else text.rjust(width)
