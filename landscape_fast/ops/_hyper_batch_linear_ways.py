@@ -42,7 +42,7 @@ def composed_backward(
     at = torch.float32 if held_in_float32(inputs, needs) else low
     t = Inputs(*rounded(at, *rounded(low, *inputs)))
     dy, z2 = rounded(at, dy, z2)
-    found = dict.fromkeys(Inputs._fields) | elementwise(dy, t, z2, needs, batch_major)
+    found = dict.fromkeys(Inputs._fields) | elementwise(dy, t, z2, needs, batch_major, at)
     r, s, u, v = tied(t)
     first = (needs.x, needs.weight, needs.r, needs.s)
     need_u, need_v = needs.r if t.u is None else needs.u, needs.s if t.v is None else needs.v
@@ -63,9 +63,9 @@ def composed_backward(
 
 
 def elementwise(
-    dy: Tensor, t: Inputs, z2: Tensor | None, needs: Inputs, batch_major: bool
+    dy: Tensor, t: Inputs, z2: Tensor | None, needs: Inputs, batch_major: bool, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Gradients that need no product: of e, e_bias and the biases."""
+    """Gradients that need no product: of e, e_bias and, summed in `dtype`, of the biases."""
     found = {}
     examples = 0 if batch_major else 1
     if needs.e:
@@ -75,9 +75,10 @@ def elementwise(
     if needs.e_bias:
         found["e_bias"] = dy * per_row(t.delta_bias, batch_major)
     if needs.bias:
-        found["bias"] = dy.sum((0, 1) if t.bias.ndim == 1 else examples)
+        found["bias"] = dy.sum((0, 1) if t.bias.ndim == 1 else examples, dtype=dtype)
     if needs.delta_bias:
-        found["delta_bias"] = (dy * t.e_bias).sum((0, 1) if t.delta_bias.ndim == 1 else examples)
+        rows = (0, 1) if t.delta_bias.ndim == 1 else examples
+        found["delta_bias"] = (dy.to(dtype) * t.e_bias.to(dtype)).sum(rows)
     return found
 
 
@@ -127,7 +128,8 @@ def fused_backward(
     by_kernel = needs._replace(e=False, delta_bias=False, e_bias=False)
     others = needs._replace(bias=False)
     low = Inputs(*rounded(t.x.dtype, *t)) if any((needs.e, needs.delta_bias, needs.e_bias)) else t
-    found = dict.fromkeys(Inputs._fields) | elementwise(dy, low, z2, others, batch_major)
+    at = torch.float32 if held_in_float32(t, needs) else t.x.dtype
+    found = dict.fromkeys(Inputs._fields) | elementwise(dy, low, z2, others, batch_major, at)
     if any(by_kernel):
         gradients = backward_op(dy, *t[:9], list(by_kernel), batch_major)
         for name, gradient in zip(BY_KERNEL, gradients, strict=True):

@@ -1,0 +1,57 @@
+"""The shipped configurations of the hyper-batch kernels, for `aot_cases`."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from landscape_fast.kernels import hyper_batch_linear as linear
+from landscape_fast.kernels import hyper_batch_linear_backward as linear_backward
+from landscape_fast.kernels import hyper_batch_linear_tiles as linear_tiles
+
+
+def cases(arch: int, tensor_core: str) -> Iterator[tuple[str, Callable[[], object], tuple, tuple]]:
+    """All cases for an architecture: the name, the call, and instructions it must and must not use.
+
+    `tensor_core` is the instruction of tiles of at least 64 rows.
+    """
+    for (a, bucket), config in linear_tiles.SHIPPED.items():
+        if a != arch:
+            continue
+        dtype = torch.float32 if "half" not in bucket else torch.bfloat16
+        core = tensor_core if config.tiles["BLOCK_B"] >= 64 else "mma.sync"
+        must = (() if "ieee" in bucket else (core,)) + (("tma",) if config.tma else ("cp.async",))
+        never = ("mma.sync", "wgmma", "tcgen05") if "ieee" in bucket else ()
+        for tied in (True, False) if bucket.startswith("fwd") else ("tied" in bucket,):
+            name = f"hyper {bucket}{' tied' if tied and bucket.startswith('fwd') else ''}"
+            yield name, _linear_call(bucket, config, dtype, tied), must, never
+    # the same code in float16 with float32 factors and ragged sizes, and with 64-bit offsets
+    for bucket in ("fwd half small", "x half small", "x tied half small"):
+        config, tied = linear_tiles.SHIPPED[arch, bucket], "tied" in bucket
+        options = {"factors": torch.float32, "I": 1008, "O": 1008, "long": True}
+        call = _linear_call(bucket, config, torch.float16, tied, **options)
+        yield f"hyper {bucket} long", call, (tensor_core,), ()
+
+
+def _linear_call(bucket, config, dtype, tied, factors=None, I=1024, O=1024, long=False):
+    M, B, tf32 = 4, 1024, "tf32" in bucket
+    factors = factors or dtype
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, weight, delta = new(M, B, I), new(O, I), new(O, I)
+    y, z, e = new(M, B, O), new(M, B, O), new(M, B, 2 * O)[..., :O]
+    r, u = new(M, I, dtype=factors), None if tied else new(M, I, dtype=factors)
+    s, v = new(M, O, dtype=factors), None if tied else new(M, O, dtype=factors)
+    inputs = (x, weight, delta, e, r, s, u, v)
+
+    def call():
+        options = {"config": config, "long": long}
+        if bucket.startswith("fwd"):
+            linear.hyper_batch_linear_fwd(*inputs, s, s, e, y, z, tf32, **options)
+        else:
+            du = None if tied else torch.empty_like(r)
+            outputs = (torch.empty_like(x), torch.empty_like(r), du)
+            linear_backward.hyper_batch_linear_bwd_x(y, *inputs, *outputs, tf32, **options)
+
+    return call
