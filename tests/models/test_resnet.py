@@ -14,9 +14,13 @@ from landscape_fast.nn import (
     BatchEnsembleLinear,
     EnsembleBatchNorm2d,
     FoldedEnsemble,
+    HyperBatchConv2d,
+    HyperBatchLinear,
+    HyperBatchNetwork,
     convert_,
     ensemble_layers,
     extract_member,
+    to_deep_ensemble,
 )
 from landscape_fast.testing import check_layer
 
@@ -167,6 +171,34 @@ def test_with_norms_of_its_own_a_member_trains_as_a_plain_network(variant):
         assert not ensemble_layers(plain[m]) and type(plain[m].norm) is nn.BatchNorm2d
         torch.testing.assert_close(y[m], plain[m](x))
         torch.testing.assert_close(net.norm.running_var[m], plain[m].norm.running_var)
+
+
+@pytest.mark.parametrize("variant", ["pad", "wide"])
+def test_it_comes_apart_into_a_deep_ensemble(variant):
+    net = with_statistics(small(variant, **factories(), dtype=torch.float64))
+    x = torch.randn(B, *IMAGE, dtype=torch.float64)
+    torch.testing.assert_close(to_deep_ensemble(net)(x), net(x))
+
+
+@pytest.mark.parametrize("variant", ["resnet", "wide"])
+def test_hyper_batch_layers_fit_in_as_well(variant):
+    """With no second weight they are those of a BatchEnsemble; with one, lambda changes them."""
+    hyper = {"conv": partial(HyperBatchConv2d, members=M),
+             "linear": partial(HyperBatchLinear, members=M)}  # fmt: skip
+    net = with_statistics(small(variant, **hyper, dtype=torch.float64))
+    model = HyperBatchNetwork(net, lower=0.1, upper=100.0).double()
+    batch = with_statistics(small(variant, **factories(), dtype=torch.float64))
+    for name, layer in ensemble_layers(batch).items():
+        values = {key: layer.state_dict()[key] for key in ("weight", "r", "s")}
+        net.get_submodule(name).load_state_dict(values, strict=False)
+    x = torch.randn(B, *IMAGE, dtype=torch.float64)
+    low, high = (torch.full((M, B, len(model.hyperparameters)), v).double() for v in (0.1, 100.0))
+    with_second = [model(x, low), model(x, high)]
+    assert not torch.allclose(*with_second)
+    for module in net.modules():
+        if hasattr(module, "delta"):
+            nn.init.zeros_(module.delta)
+    torch.testing.assert_close(model(x, high), batch(x))
 
 
 def test_a_shared_norm_sees_the_rows_of_all_members():
