@@ -208,6 +208,7 @@ def check_transforms(
         inputs: floating tensors, at least one; the first one is vmapped over and differentiated.
         options: keywords for `op` (for instance `backend=`), not for the reference.
     """
+    torch._dynamo.reset()  # so that calls do not add up to its limit of recompilations
     inputs = tuple(t.detach() for t in inputs)
     tangents = tuple(torch.randn(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
 

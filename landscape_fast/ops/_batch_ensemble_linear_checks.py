@@ -20,15 +20,44 @@ def check_types(x, weight, r, s, bias, layout, index, activation) -> None:
     for name, t in {**required, "r": r, "s": s, "bias": bias, "index": index}.items():
         if not isinstance(t, Tensor) and (t is not None or name in required):
             raise TypeError(message(OP, name, "a Tensor", type(t).__name__))
-    require(layout in LAYOUTS, OP, "layout", f"one of {LAYOUTS}", repr(layout))
-    known = activation in ACTIVATIONS
-    require(known, OP, "activation", f"one of {ACTIVATIONS}", repr(activation))
-    rule = "'folded' with an index"
-    require(index is None or layout == "folded", OP, "layout", rule, repr(layout))
+    if layout not in LAYOUTS:
+        require(False, OP, "layout", f"one of {LAYOUTS}", repr(layout))
+    if activation not in ACTIVATIONS:
+        require(False, OP, "activation", f"one of {ACTIVATIONS}", repr(activation))
+    if index is not None and layout != "folded":
+        require(False, OP, "layout", "'folded' with an index", repr(layout))
 
 
 def check(x, weight, r, s, bias, layout, index) -> int:
     """Holds all arguments against each other; returns M."""
+    M = members_of(x, r, s, bias, layout) if x.ndim in (2, 3) else None
+    if M is None or not _fits(x, weight, r, s, bias, layout, index, M):
+        _refuse_or_accept(x, weight, r, s, bias, layout, index)
+    if index is not None:
+        check_index(index, x, M)
+    return M
+
+
+def _fits(x, weight, r, s, bias, layout, index, M) -> bool:
+    """Whether all is in order, in a microsecond or two: no message is made up."""
+    dtype, device = x.dtype, x.device
+    if dtype not in FLOATS or weight.ndim != 2 or (x.ndim == 3 and layout == "folded"):
+        return False
+    O, I = weight.shape
+    if x.shape[-1] != I or (layout == "folded" and index is None and (not M or x.shape[0] % M)):
+        return False
+    or_this = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    of_bias = (O,) if bias is not None and bias.ndim == 1 else (M, O)
+    for t, shape in ((weight, (O, I)), (r, (M, I)), (s, (M, O)), (bias, of_bias)):
+        if t is not None:
+            given = t.dtype
+            if t.shape != shape or t.device != device or (given != dtype and given != or_this):
+                return False
+    return True
+
+
+def _refuse_or_accept(x, weight, r, s, bias, layout, index) -> None:
+    """All rules one by one: raises for the first that is broken."""
     shapes = {"member_major": "[M, B, I] or [B, I]", "batch_major": "[B, M, I] or [B, I]"}
     folded = "[M*B, I]" if index is None else "[N, I]"
     fits = x.ndim == 2 or (x.ndim == 3 and layout != "folded")
@@ -48,12 +77,9 @@ def check(x, weight, r, s, bias, layout, index) -> int:
         check_tensor(OP, "bias", bias, "O", (O,), **like)
     elif bias is not None:
         check_tensor(OP, "bias", bias, "M, O", (M, O), **like)
-    if index is not None:
-        check_index(index, x, M)
-    elif layout == "folded":
+    if layout == "folded" and index is None:
         fits = x.shape[0] % M == 0 if M else x.shape[0] == 0
         require(fits, OP, "x", f"[M*B, I] with rows divisible by M = {M}", list(x.shape))
-    return M
 
 
 def members_of(x, r, s, bias, layout) -> int | None:

@@ -45,6 +45,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("torch", "cpp", "triton", "cuda")
 
+_NOTHING = contextlib.nullcontext()
+
 OPS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {}  # op -> backend -> dtypes, best first
 _picked: dict[tuple, str] = {}
 
@@ -184,13 +186,18 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _autocasting(device: str) -> bool:
+    known = device in ("cpu", "cuda")  # asking for the others takes time, and raises for some
+    return (known or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, all tensors but float64 ones in the autocast dtype, as for `F.linear`.
 
     Kernels are opaque to autocast, so a wrapper that skipped this would silently run in float32.
     """
     device = next(t for t in tensors if t is not None).device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not _autocasting(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
@@ -202,7 +209,7 @@ def autocast_input(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ..
     16-bit parameters take the dtype of `x`. A float64 `x`, and float64 parameters, are left alone.
     """
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not _autocasting(device):
         return x, *params
     if x.dtype in KERNEL_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
@@ -212,9 +219,7 @@ def autocast_input(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ..
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
     """A context in which autocast is off for that device type; free where it is off already."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasting(device) else _NOTHING
 
 
 def rounded(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -173,8 +173,10 @@ def batch_ensemble_linear_reference(
 
 def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
     """How to run: as forced, or else as the table of the device says."""
-    held = zip((weight, r, s), needs[1:4], strict=True)
-    exact = any(need and t.dtype != x.dtype for t, need in held)
+    exact = False
+    if x.dtype != torch.float32 and any(needs[1:4]):
+        held = zip((weight, r, s), needs[1:4], strict=True)
+        exact = any(need and t.dtype != x.dtype for t, need in held)
     if name == "torch":
         plan = composed_plan(x, examples(x, sizes[1]), x.shape[-1], needs)
     elif backend == "triton" or _dispatch.FORCED == "triton":
