@@ -5,7 +5,6 @@ from torch import Tensor
 from landscape_fast.ops._batch_ensemble_conv_checks import (
     PADDING_MODES,
     check_count,
-    check_types,
     conv_options,
     pair,
 )
@@ -88,9 +87,6 @@ def batch_ensemble_conv(
     if isinstance(weight, Tensor) and weight.ndim == 4 and not transposed:
         op = "batch_ensemble_conv2d"
     tensors = (x, weight, r, s, bias)
-    check_types(op, *tensors)
-    rule = "of 3 to 5 dimensions: two, and those of the kernel"
-    require(3 <= weight.ndim <= 5, op, "weight", rule, list(weight.shape))
     options = (stride, padding, dilation, groups, padding_mode, output_padding, transposed)
     tensors, members, conv = prepare(op, tensors, options, layout, activation)
     if transposed or weight.ndim == 5:

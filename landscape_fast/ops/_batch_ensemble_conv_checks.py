@@ -166,6 +166,13 @@ def check(op, x, weight, r, s, bias, conv: Conv, layout: str, activation) -> int
     elif bias is not None:
         check_tensor(op, "bias", bias, "M, O", (M, O), **like)
     kernel, pixels = tuple(weight.shape[2:]), tuple(x.shape[-dims:])
+    if conv.before and conv.mode != "constant":
+        # a pixel that is reflected, or met again on the way round, must be there
+        most = [n - (conv.mode == "reflect") for n in pixels]
+        wide = [max(conv.before[2 * d : 2 * d + 2]) for d in reversed(range(dims))]
+        fits = conv.mode == "replicate" or all(p <= n for p, n in zip(wide, most, strict=True))
+        rule = f"at most {most} with padding_mode '{conv.mode}' on pixels {list(pixels)}"
+        require(fits, op, "padding", rule, wide)
     fits = all(n >= 1 for n in (*pixels, *output_size(pixels, kernel, conv)))
     rule = f"of at least one output pixel for a kernel {list(kernel)}"
     require(fits, op, "x", rule, list(x.shape))

@@ -7,6 +7,7 @@ from torch import Tensor
 from landscape_fast.ops._batch_ensemble_conv2d_plan import Plan, composed_plan
 from landscape_fast.ops._batch_ensemble_conv_autograd import apply
 from landscape_fast.ops._batch_ensemble_conv_checks import (
+    KERNEL,
     Conv,
     check,
     check_types,
@@ -14,6 +15,7 @@ from landscape_fast.ops._batch_ensemble_conv_checks import (
     output_size,
 )
 from landscape_fast.ops._batch_ensemble_conv_ways import definition
+from landscape_fast.ops._checks import require
 from landscape_fast.ops._dispatch import autocast_input, transforming
 
 
@@ -23,14 +25,19 @@ def prepare(
     options: tuple,
     layout: str,
     activation: str | None,
+    dims: tuple[int, ...] = (1, 2, 3),
 ) -> tuple[tuple, int, Conv]:
     """Checks everything; returns the tensors with x as [M or 1, B, I, *pixels], M, and the options.
 
     Args:
         tensors: x, weight, r, s, bias.
         options: stride, padding, dilation, groups, padding_mode, output_padding, transposed.
+        dims: how many the kernel may have.
     """
     check_types(op, *tensors)
+    shape = tensors[1].shape
+    rule = f"[O, I / groups, {KERNEL[2]}]" if dims == (2,) else "of 3 to 5 dimensions"
+    require(len(shape) - 2 in dims, op, "weight", rule, list(shape))
     x, weight, *rest = autocast_input(*tensors)
     conv = geometry(op, tuple(weight.shape[2:]), *options)
     members = check(op, x, weight, *rest, conv, layout, activation)

@@ -86,7 +86,8 @@ def batch_ensemble_conv2d(
         tensor([ 4., -8.])
     """
     options = (stride, padding, dilation, groups, padding_mode, (0, 0), False)
-    tensors, members, conv = prepare(OP, (x, weight, r, s, bias), options, layout, activation)
+    given = (x, weight, r, s, bias)
+    tensors, members, conv = prepare(OP, given, options, layout, activation, (2,))
     y = run_images(tensors, members, conv, activation, backend)
     return y.flatten(0, 1) if layout == "folded" else y
 
@@ -108,7 +109,8 @@ def batch_ensemble_conv2d_reference(
 ) -> Tensor:
     """The definition: every backend is tested against this, run in float64."""
     options = (stride, padding, dilation, groups, padding_mode, (0, 0), False)
-    tensors, members, conv = prepare(OP, (x, weight, r, s, bias), options, layout, activation)
+    given = (x, weight, r, s, bias)
+    tensors, members, conv = prepare(OP, given, options, layout, activation, (2,))
     y = definition(*tensors, members, conv, activation)
     return y.flatten(0, 1) if layout == "folded" else y
 
