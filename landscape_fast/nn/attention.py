@@ -228,7 +228,9 @@ class BatchEnsembleMultiheadAttention(nn.Module):
             project(t).unflatten(-1, (H, E // H)).transpose(1, 2)
             for project, t in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
-        mask = self._mask(attn_mask, key_padding_mask, N, L, S, q.dtype)
+        # The kernels know the causal mask: then it need not be read.
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else self._mask(attn_mask, key_padding_mask, N, L, S, q.dtype)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             scores = q * (E // H) ** -0.5 @ k.transpose(-2, -1)
@@ -238,7 +240,8 @@ class BatchEnsembleMultiheadAttention(nn.Module):
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights.unflatten(0, (M, N // M)) if major else weights
         else:
-            y, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+            weights = None
         y = self.out_proj(y.transpose(1, 2).flatten(-2))
         y = y.unflatten(0, (M, N // M)) if major else y
         return y if self.batch_first else y.transpose(-3, -2), weights

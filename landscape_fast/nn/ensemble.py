@@ -5,6 +5,7 @@ returns a plain module: the layers of this package, and yours if they have the t
 """
 
 import copy
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -96,6 +97,14 @@ def _gives_members(module: nn.Module) -> bool:
     return isinstance(members, int) and callable(getattr(module, "member", None))
 
 
+def _needs_i_alone(layer: nn.Module) -> bool:
+    try:
+        inspect.signature(layer.member).bind(0)
+    except TypeError:
+        return False
+    return True
+
+
 def count_members(model: nn.Module, op: str = "count_members") -> int:
     """M, on which all layers with members and all wrappers inside `model` agree."""
     told = {layer.members for layer in member_layers(model).values()}
@@ -126,7 +135,8 @@ def extract_member(model: nn.Module, i: int) -> nn.Module:
         tied to a parameter elsewhere no longer is, since it was merged with factors.
 
     Raises:
-        ValueError: if nothing in `model` has members, if they disagree on M, or for i out of range.
+        ValueError: if nothing in `model` has members, if they disagree on M, if a member depends on
+            more than i (hyper-batch layers: on hyperparameters), or for i out of range.
 
     Example:
         >>> from landscape_fast.nn import convert_
@@ -144,8 +154,14 @@ def extract_member(model: nn.Module, i: int) -> nn.Module:
     M = count_members(model, "extract_member")
     fits = isinstance(i, int) and not isinstance(i, bool) and 0 <= i < M
     require(fits, "extract_member", "i", f"an integer from 0 to {M - 1}", repr(i))
+    layers = member_layers(model)
+    for name, layer in layers.items():
+        rule = "free of layers whose members depend on more than i"
+        got = f"{type(layer).__name__}" + (f" as {name!r}" if name else "")
+        remedy = "call its own member(...)"
+        require(_needs_i_alone(layer), "extract_member", "model", rule, got, remedy)
     # deepcopy takes what its memo holds in place of a copy, wherever the original is referred to.
-    memo = {id(layer): layer.member(i) for layer in member_layers(model).values()}
+    memo = {id(layer): layer.member(i) for layer in layers.values()}
     for module in reversed(list(model.modules())):  # inner wrappers before outer ones
         if isinstance(module, FoldedEnsemble):
             memo[id(module)] = copy.deepcopy(module.model, memo)

@@ -109,6 +109,8 @@ def test_a_single_layer_is_returned():
     layer = convert_(plain, M, bias="shared", r_init="random_sign")
     assert isinstance(layer, BatchEnsembleLinear) and layer.weight is plain.weight
     assert layer.bias is plain.bias
+    assert isinstance(convert_(nn.MultiheadAttention(4, 2), M, layout="folded").q_proj, type(layer))
+    assert convert_(nn.BatchNorm1d(4), M, norm="per_member").running_var.shape == (M, 4)
     net = nn.Sequential(nn.Linear(4, 5))
     assert convert_(net, M) is net
 

@@ -12,6 +12,7 @@ from landscape_fast.nn import (
     BatchEnsembleLinear,
     DeepEnsemble,
     FoldedEnsemble,
+    HyperBatchLinear,
     convert_,
     extract_member,
     to_deep_ensemble,
@@ -178,3 +179,10 @@ def convert_norm(layout):
 def test_the_model_must_be_a_module():
     with pytest.raises(TypeError, match="extract_member: model must be an nn.Module; got list"):
         extract_member([], 0)
+
+
+def test_members_of_hyper_batch_layers_need_more_than_a_number():
+    model = nn.Sequential(HyperBatchLinear(6, 3, M))
+    text = "free of layers whose members depend on more than i; got HyperBatchLinear as '0'; call"
+    with pytest.raises(ValueError, match=f"extract_member: model must be {text}"):
+        extract_member(model, 0)
