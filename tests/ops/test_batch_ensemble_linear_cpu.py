@@ -19,7 +19,7 @@ from landscape_fast.testing import check_hessian, check_op, check_registered, ch
 pytestmark = pytest.mark.skipif(_extension.C is None, reason="needs the compiled module")
 ISAS = ["baseline", "avx2", "avx512"]
 LAYOUTS = ["member_major", "batch_major", "folded", "shared", "shared batch_major"]
-# (M, B, I, O): ones, primes, one more than a strip, a panel, a task, a block of examples or features
+# (M, B, I, O): ones, primes, one more than a strip, a panel, a task, a block of examples or of I
 SHAPES = [(1, 1, 1, 1), (2, 7, 5, 3), (5, 1, 33, 17), (3, 15, 7, 57), (17, 2, 65, 31)]
 LONG = [(2, 257, 33, 29), (1, 113, 513, 258)]
 
@@ -189,9 +189,7 @@ def test_offsets_beyond_32_bits(tmp_path):
 @pytest.mark.parametrize("absent", [(), (2,), (3,), (4,), (2, 3, 4)], ids=str)
 def test_hessians(absent):
     arguments = [None if i in absent else t for i, t in enumerate(inputs(2, 3, 4, 3))]
-    check_hessian(
-        batch_ensemble_linear, batch_ensemble_linear_reference, arguments, backend="cpp"
-    )
+    check_hessian(batch_ensemble_linear, batch_ensemble_linear_reference, arguments, backend="cpp")
 
 
 @pytest.mark.parametrize("layout", ["member_major", "shared"])
