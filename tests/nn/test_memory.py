@@ -133,6 +133,15 @@ def test_parameters_are_not_counted():
     assert saved_bytes(lambda x: x * 2, x) == 0
 
 
+def test_a_storage_counts_once_and_whole():
+    x = torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))  # y of ReLU is kept twice
+    assert activation_memory(model, x) == saved_bytes(model, x) == (3 * 4 + 3 * 5) * FLOAT
+
+    layer = nn.Linear(2, 2)
+    assert saved_bytes(lambda x: layer(x[:, 1:3]), x) == x.nbytes  # a view keeps what it views
+
+
 class _Depends(nn.Module):
     def forward(self, x):
         return x[x > 0].sum() * x if x.sum().item() > 0 else x

@@ -237,7 +237,7 @@ def test_no_rows(device):
 
 def test_index_out_of_range(monkeypatch, device):
     arguments, index = indexed(6, 3, 4, 5, device)
-    for value in (3, -1):
+    for value in (3, 7, -1, -2):
         index[4] = value
         monkeypatch.setenv("LANDSCAPE_FAST_DEBUG", "1")
         text = rf"^batch_ensemble_linear: index must be members in \[0, M\) with M = 3; got {value}"
