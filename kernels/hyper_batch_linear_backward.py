@@ -193,19 +193,35 @@ def hyper_batch_linear_bwd(
         some = (None, None) if exact else (dr, du)
         hyper_batch_linear_bwd_x(dy, x, weight, delta, e, r, s, u, v, dx, *some, tf32)
         dr, du = (dr, du) if exact else (None, None)
+
+    def half(d, w, r, s, dx, dw, dr, ds):
+        bias = dbias if d is dy else None
+        if any(t is not None for t in (dw, dr, ds, bias)):
+            batch_ensemble_linear_bwd(d, x, w, r, s, None, dw, dr, ds, bias, tf32)
+
+    factors, gradients = (r, s, u, v), (dr, ds, du, dv)
+    both_halves(half, dy, e, (weight, delta), factors, None, (dweight, ddelta), gradients, exact)
+
+
+def both_halves(half, dy, e, weights, factors, dxs, dweights, gradients, exact: bool) -> None:
+    """`half(d, weight, r, s, dx, dweight, dr, ds)` for weight with dy, and for delta with dy e.
+
+    factors: r, s, u, v; gradients: of these, where wanted. Sums what belongs to a factor of both;
+    with `exact`, dy e enters as the sum of two tensors.
+    """
+    (r, s, u, v), (dr, ds, du, dv) = factors, gradients
+    dx, dx2 = (None, None) if dxs is None else dxs
     first_r, second_r = _parts(dr, du, u is None)
     first_s, second_s = _parts(ds, dv, v is None)
-    first = (dweight, first_r, first_s, dbias)
-    if any(t is not None for t in first):
-        batch_ensemble_linear_bwd(dy, x, weight, r, s, None, *first, tf32)
-    second = (ddelta, second_r, second_s)
-    if any(t is not None for t in second):
+    half(dy, weights[0], r, s, dx, dweights[0], first_r, first_s)
+    second = (dweights[1], second_r, second_s)
+    if dx2 is not None or any(t is not None for t in second):
         u, v = r if u is None else u, s if v is None else v
         d, *more = _products(dy, e, exact)
-        batch_ensemble_linear_bwd(d, x, delta, u, v, None, *second, None, tf32)
+        half(d, weights[1], u, v, dx2, *second)
         for d in more:
             rest = [None if t is None else torch.empty_like(t) for t in second]
-            batch_ensemble_linear_bwd(d, x, delta, u, v, None, *rest, None, tf32)
+            half(d, weights[1], u, v, None, *rest)
             for t, part in zip(second, rest, strict=True):
                 if t is not None:
                     t += part

@@ -47,7 +47,9 @@ def composed(t: Inputs, conv: Conv, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(y, z2) with z2 [M, B, O, H', W'] the convolutions with merged deltas, if they are kept."""
     x, low = t.x, t.x.dtype
     t = _small_in(summing_dtype(low), t)
-    e, bias, shift = rounded(low, t.e, t.bias, _shift(t))
+    bias = t.bias if t.delta_bias is None else None  # the convolutions add it for nothing
+    shift = None if t.delta_bias is None else offsets(t)
+    e, bias, shift = rounded(low, t.e, bias, shift)
     r, s, u, v = tied(t)
     ys, zs = [], []
     for m in range(e.shape[0]):
@@ -73,7 +75,7 @@ def composed_backward(
     x, low = inputs.x, inputs.x.dtype
     t = _small_in(summing_dtype(low), inputs)
     exact = held_in_float32(inputs, needs)
-    found = dict.fromkeys(Inputs._fields) | _sums(dy, t, z2, needs)
+    found = dict.fromkeys(Inputs._fields) | sums(dy, t, z2, needs)
     r, s, u, v = tied(t)
     need_u, need_v = needs.r if t.u is None else needs.u, needs.s if t.v is None else needs.v
     halves = (
@@ -154,7 +156,7 @@ class _Half:
         return self.dweight, dr, torch.stack(self.dss) if self.dss else None
 
 
-def _sums(dy: Tensor, t: Inputs, z2: Tensor | None, needs: Inputs) -> dict[str, Tensor]:
+def sums(dy: Tensor, t: Inputs, z2: Tensor | None, needs: Inputs) -> dict[str, Tensor]:
     """Gradients that need no convolution: of e, e_bias and the biases."""
     found, dtype = {}, t.e.dtype
     if needs.e:
@@ -175,9 +177,14 @@ def _small_in(dtype: torch.dtype, t: Inputs) -> Inputs:
     return Inputs(t.x, *rounded(dtype, *rounded(t.x.dtype, *t[1:])))
 
 
-def _shift(t: Inputs) -> Tensor | None:
-    """What the bias responds, [M, B, O]."""
-    return None if t.delta_bias is None else _rows(t.delta_bias) * t.e_bias
+def offsets(t: Inputs) -> Tensor | None:
+    """What the biases add: [M, B, O], or with 1 for M or B where nothing differs by them."""
+    shift = None if t.bias is None else _rows(t.bias)
+    shift = shift.unsqueeze(0) if shift is not None and shift.ndim == 2 else shift
+    if t.delta_bias is None:
+        return shift
+    response = _rows(t.delta_bias) * t.e_bias
+    return response if shift is None else shift + response
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from landscape_fast.ops import _dispatch
 from landscape_fast.ops import _hyper_batch as shared
+from landscape_fast.ops._batch_ensemble_conv2d_fused import fusable
 from landscape_fast.ops._batch_ensemble_conv_checks import Conv, geometry, output_size
-from landscape_fast.ops._checks import FLOATS, check_tensor, names, require
+from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
 from landscape_fast.ops._dispatch import (
+    KERNEL_DTYPES,
     autocast_input,
     declare,
     pick,
@@ -18,12 +21,16 @@ from landscape_fast.ops._dispatch import (
     without_autocast,
 )
 from landscape_fast.ops._hyper_batch import Inputs
+from landscape_fast.ops._hyper_batch_conv2d_fused import Plan, fused, fused_backward, plan_for
 from landscape_fast.ops._hyper_batch_conv_ways import composed, composed_backward, definition
 
 OP = "hyper_batch_conv2d"
 LAYOUTS = ("member_major", "folded")
 
-declare(OP)
+COMPOSED = Plan("composed", "composed")
+FUSED = Plan("fused", "fused")
+
+declare(OP, triton=KERNEL_DTYPES)
 
 
 def hyper_batch_conv2d(
@@ -74,7 +81,9 @@ def hyper_batch_conv2d(
         padding: numbers, "same" (stride 1 only) or "valid".
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         layout: "member_major" or "folded".
-        backend: "auto" or "torch"; see `landscape_fast.show_config`.
+        backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`. On CUDA tensors
+            "auto" takes, for each shape, what is expected to be quicker: the Triton kernels (for
+            groups=1 and zero padding), or the composition of library calls that "torch" names.
 
     Returns:
         [M, B, O, H', W'], or [M*B, O, H', W'] for the folded layout, in the dtype of `x` (of
@@ -100,13 +109,25 @@ def hyper_batch_conv2d(
     """
     t = Inputs(x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias)
     t, conv = _prepare(t, (stride, padding, dilation, groups, padding_mode), layout)
-    pick(OP, backend, t.x)
+    name, obstacle = pick(OP, backend, t.x), fusable(conv)
+    if backend == "triton" and obstacle:
+        argument, _, rule = obstacle.partition(" must be ")
+        raise ValueError(message(OP, argument, f"{rule} with backend 'triton'", locals()[argument]))
     if transforming() or t.x.numel() == 0:
         y = definition(t, conv)
     else:
-        low = t.x.dtype
-        t = t._replace(e=rounded(low, t.e)[0], e_bias=rounded(low, t.e_bias)[0])
-        y = _HyperBatchConv2d.apply(conv, *t) if wants_grad(*t) else composed(t, conv, False)[0]
+        e, e_bias = rounded(t.x.dtype, t.e, t.e_bias)  # activations, like x
+        t = t._replace(e=e, e_bias=e_bias)
+        if name == "torch" or obstacle:
+            plan = COMPOSED
+        elif backend == "triton" or _dispatch.FORCED == "triton":
+            plan = FUSED
+        else:
+            plan = plan_for(t, conv)
+        if wants_grad(*t):
+            y = _HyperBatchConv2d.apply(conv, plan, *t)
+        else:
+            y = _FORWARD[plan.forward](t, conv, False)[0]
     return y.flatten(0, 1) if layout == "folded" else y
 
 
@@ -189,24 +210,28 @@ def _check(t: Inputs, conv: Conv, layout: str) -> int:
     return M
 
 
+_FORWARD = {"fused": fused, "composed": composed}
+_BACKWARD = {"fused": fused_backward, "composed": composed_backward}
+
+
 class _HyperBatchConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, conv, *tensors):
-        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
-        y, z2 = composed(t, conv, needs.e)
+    def forward(ctx, conv, plan, *tensors):
+        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[2:])
+        y, z2 = _FORWARD[plan.forward](t, conv, needs.e)
         ctx.save_for_backward(*t, z2)
-        ctx.conv = conv
+        ctx.conv, ctx.way = conv, plan.backward
         return y
 
     @staticmethod
     def backward(ctx, dy):
         *tensors, z2 = ctx.saved_tensors
-        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[1:])
+        t, needs = Inputs(*tensors), Inputs(*ctx.needs_input_grad[2:])
         with without_autocast(dy.device.type):  # gradients stay in the dtypes of the op
             if wants_graph():
 
                 def plain(*tensors):
                     return definition(Inputs(*tensors), ctx.conv)
 
-                return None, *reference_backward(plain, t, needs, dy)
-            return None, *composed_backward(dy, t, z2, needs, ctx.conv)
+                return None, None, *reference_backward(plain, t, needs, dy)
+            return None, None, *_BACKWARD[ctx.way](dy, t, z2, needs, ctx.conv)
