@@ -8,6 +8,7 @@ OPS = (
     "ensemble_summary",
     "combine",
     "pairwise_disagreement",
+    "tabm_step",
 )
 
 
