@@ -9,7 +9,12 @@ from landscape_fast.methods.hyper_batch import (
     ensemble_cross_entropy,
     train_hyper_batch,
 )
-from landscape_fast.methods.hyper_deep import HyperDeep, WeightedEnsemble, train_hyper_deep
+from landscape_fast.methods.hyper_deep import (
+    HyperDeep,
+    WeightedEnsemble,
+    load_network,
+    train_hyper_deep,
+)
 from landscape_fast.methods.interrupt import TrainingInterrupted
 from landscape_fast.methods.optim import make_optimizer, param_groups
 from landscape_fast.methods.recipes import batch_ensemble_recipe, single_recipe
@@ -34,6 +39,7 @@ __all__ = [
     "ensemble_cross_entropy",
     "fit",
     "gibbs_cross_entropy",
+    "load_network",
     "make_optimizer",
     "param_groups",
     "predict",

@@ -2,8 +2,9 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import closing
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ class HyperDeep(NamedTuple):
         table: one dictionary per trained network, those of the search first: trial, restart,
             settings (what was drawn; none for trial 0), outcome ("done" or "diverged"), nll (nats),
             accuracy (fraction) and brier on the rows held out, search_weight (how often the search
-            alone picked it), weight (how often it counts in `model`), seconds (of training).
+            alone picked it), weight (how often it counts in `model`), seconds (of training), file
+            (see `load_network`; None without a directory).
         search: selection among the networks of the search, members as positions in `table`.
         selection: the selection behind `model`, likewise.
         logits: [P, N, C] on the rows held out, on the CPU; nan where the outcome is "diverged".
@@ -75,6 +77,23 @@ class HyperDeep(NamedTuple):
     selection: Selection
     logits: Tensor
     targets: Tensor
+
+
+def load_network(build: Callable[..., nn.Module], row: Mapping[str, Any]) -> nn.Module:
+    """The trained network of a row of `HyperDeep.table`, on the CPU, in evaluation mode.
+
+    Args:
+        build: what `train_hyper_deep` was given.
+        row: of a search with a directory, its outcome "done".
+    """
+    op, file = "load_network", row["file"]
+    require(file is not None, op, "row", "of a search with a directory", "a row without a file")
+    require(row["outcome"] == "done", op, "row", "of a trial that ended well", row["outcome"])
+    _, arguments = apply(TrainConfig(), row["settings"])
+    network = build(**arguments)
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    network.load_state_dict(content["state"]["model"])
+    return network.eval()
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -216,11 +235,12 @@ class _Search:
         try:
             if not shared and works:
                 write_rows(file, self.rows)
-            for position, outcome in run_trials(works, self.executor):
-                if outcome == "interrupted":
-                    raise KeyboardInterrupt
-                outcomes[position] = outcome
-                self.report(new[position], outcome, ended + len(outcomes))
+            with closing(run_trials(works, self.executor)) as ends:
+                for position, outcome in ends:
+                    if outcome == "interrupted":
+                        raise KeyboardInterrupt
+                    outcomes[position] = outcome
+                    self.report(new[position], outcome, ended + len(outcomes))
         except KeyboardInterrupt:
             saved = f"saved in {self.directory}" if self.kept else "nothing was saved"
             count = ended + len(outcomes)
@@ -280,6 +300,7 @@ class _Search:
                     "search_weight": first.picks.count(position),
                     "weight": last.picks.count(position),
                     "seconds": sum(epoch["seconds"] for epoch in result.get("history", ())),
+                    "file": str(trial.path) if self.kept else None,
                 }
             )
         model = WeightedEnsemble(networks, last.weights).to(self.device).eval()

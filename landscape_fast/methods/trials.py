@@ -176,23 +176,25 @@ def identify(network: nn.Module, trial: Trial, rows: Rows) -> dict[str, Any]:
 def run_trials(works: Sequence[Work], executor: Executor | None) -> Iterator[tuple[int, str]]:
     """Yields (position, outcome) of the trials as they end; in order without an executor.
 
-    Whatever ends it early, what has not begun is cancelled and threads are told to stop.
+    Whatever ends it early, what has not begun is cancelled and threads are told to stop; a caller
+    that may leave early closes it.
     """
     if executor is None:
         for position, work in enumerate(works):
             yield position, run_trial(work)
         return
-    futures = {executor.submit(run_trial, work): n for n, work in enumerate(works)}
+    futures = {}
     try:
+        for position, work in enumerate(works):
+            futures[executor.submit(run_trial, work)] = position
         for future in as_completed(futures):
             yield futures[future], future.result()
-    except BaseException:
+    finally:
         for work in works:
             if work.stop is not None:
                 work.stop.set()
         for future in futures:
             future.cancel()
-        raise
 
 
 def shares_memory(executor: Executor | None) -> bool:

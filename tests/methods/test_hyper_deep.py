@@ -12,7 +12,13 @@ import torch
 from methods.problem import CONFIG, rows
 from torch import nn
 
-from landscape_fast.methods import fit, predict, select_members, train_hyper_deep
+from landscape_fast.methods import (
+    fit,
+    load_network,
+    predict,
+    select_members,
+    train_hyper_deep,
+)
 from landscape_fast.methods import trials as trials_module
 from landscape_fast.methods.deep import build_member
 from landscape_fast.methods.hyper_deep import SearchInterrupted, WeightedEnsemble
@@ -36,7 +42,7 @@ def search(config=ONCE, **options):
 
 def assert_same(found, expected):
     def settled(row):
-        return {name: value for name, value in row.items() if name != "seconds"}
+        return {name: value for name, value in row.items() if name not in ("seconds", "file")}
 
     assert [settled(row) for row in found.table] == [settled(row) for row in expected.table]
     assert (found.search, found.selection) == (expected.search, expected.selection)
@@ -160,27 +166,50 @@ def test_a_finished_search_is_read_and_a_longer_one_extends_it(tmp_path, monkeyp
     assert torch.equal(longer.logits[:4], expected.logits[:4])
 
 
-def test_ctrl_c_stops_threads_too(tmp_path, monkeypatch):
-    """The signal comes to the main thread only; a trial in a thread must end within a step."""
+def test_every_network_can_be_loaded_again(tmp_path, expected):
+    found = search(directory=tmp_path)
+    held_x = hold_out("", *rows(), 0.4, ONCE.seed)[2]
+    for row, logits in zip(found.table, found.logits, strict=True):
+        assert torch.equal(predict(load_network(network, row), held_x)[0], logits)
+    with pytest.raises(ValueError, match="row must be of a search with a directory; got"):
+        load_network(network, expected.table[0])
+    with pytest.raises(ValueError, match="row must be of a trial that ended well; got diverged"):
+        load_network(network, found.table[0] | {"outcome": "diverged"})
+
+
+@pytest.mark.parametrize("moment", ["submit", "step"])
+def test_ctrl_c_stops_threads_too(tmp_path, monkeypatch, moment):
+    """The signal comes to the main thread only, at any time; trials in threads end within a step.
+
+    While the first trial runs, the signal hits the main thread in submitting the next one, or in
+    waiting. The trials would need hours; the limit on epochs is for a test that fails.
+    """
     real, started = trials_module.fit, threading.Event()
 
-    def endless(*arguments, on_step, **options):
+    def telling(*arguments, on_step, **options):
         def step(n):
             started.set()
             on_step(n)
 
         return real(*arguments, on_step=step, **options)
 
-    monkeypatch.setattr(trials_module, "fit", endless)
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            future = super().submit(*arguments)
+            if moment == "submit":
+                assert started.wait(60)
+                signal.raise_signal(signal.SIGINT)
+            return future
 
     def press():
-        assert started.wait(20)
-        os.kill(os.getpid(), signal.SIGINT)
+        if started.wait(60):
+            os.kill(os.getpid(), signal.SIGINT)
 
-    presser = threading.Thread(target=press)
+    monkeypatch.setattr(trials_module, "fit", telling)
+    presser = threading.Thread(target=press if moment == "step" else started.wait, args=())
     presser.start()
-    config = dataclasses.replace(ONCE, epochs=100_000)
-    with ThreadPoolExecutor(2) as executor, pytest.raises(SearchInterrupted, match="after 0 of 4"):
+    config = dataclasses.replace(ONCE, epochs=10_000)
+    with Pool(2) as executor, pytest.raises(SearchInterrupted, match="after 0 of 4"):
         search(config, executor=executor, directory=tmp_path)
     presser.join()
 
