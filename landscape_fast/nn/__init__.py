@@ -1,4 +1,10 @@
-"""Layers whose weights hold several models, and conversion of existing networks to them."""
+"""Layers whose weights hold several models, and conversion of existing networks to them.
+
+`convert_` turns a network into an ensemble, `FoldedEnsemble` runs one whose modules know nothing of
+members, `extract_member` and `to_deep_ensemble` give plain networks back. Layouts and options are
+described at `BatchEnsembleLinear` and `BatchEnsembleConv2d`; what one op call computes, in
+`landscape_fast.ops`.
+"""
 
 from landscape_fast.nn.attention import BatchEnsembleMultiheadAttention
 from landscape_fast.nn.batch_ensemble import BatchEnsembleLinear

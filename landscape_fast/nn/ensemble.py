@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape_fast.nn._rank_one import RankOneLayer
-from landscape_fast.nn.functional import check_count, split_members, tile_members
+from landscape_fast.nn.functional import check_count, split_members
 from landscape_fast.ops._checks import message, require
 
 
@@ -70,7 +70,8 @@ class FoldedEnsemble(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> [M, B, ...]."""
-        return split_members(self.model(tile_members(x, self.members)), self.members)
+        # Not `tile_members`: a concatenation keeps channels-last, and torch.export can split it.
+        return split_members(self.model(torch.cat([x] * self.members)), self.members)
 
     def extra_repr(self) -> str:
         return f"members={self.members}"

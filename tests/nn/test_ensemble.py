@@ -104,6 +104,17 @@ def test_other_layouts(layout):
         torch.testing.assert_close(extract_member(model, 1)(ROWS), y[1])
 
 
+def test_folding_keeps_channels_last():
+    seen = []
+    probe = nn.Conv2d(2, 3, 1)
+    probe.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.randn(B, 5, 6, 2).movedim(-1, 1)
+    y = FoldedEnsemble(probe, M)(x)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(seen[0], x.repeat(M, 1, 1, 1))
+    assert y.shape == (M, B, 3, 5, 6)
+
+
 def test_what_is_used_twice_stays_one():
     shared = nn.Sequential(*[linear(6, 6)] * 2)
     one = extract_member(shared, 0)

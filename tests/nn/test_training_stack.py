@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear
+from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, convert_
 
 M, B = 3, 4
 RANDOM = {"members": M, "r_init": "normal", "s_init": "normal"}
@@ -31,7 +31,19 @@ def convolutions():
     return nn.Sequential(*layers, BatchEnsembleLinear(16, 3, **RANDOM))
 
 
-NETS = {"linear": (linears, (6,)), "conv": (convolutions, (2, 6, 6))}
+def transformer():
+    """An encoder layer with attention and norms of every member."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    factors = {"r_init": "normal", "s_init": "normal"}
+    layer = convert_(layer, M, layout="member_major", norm="per_member", **factors)
+    return nn.Sequential(layer, BatchEnsembleLinear(8, 3, **RANDOM))
+
+
+NETS = {
+    "linear": (linears, (6,)),
+    "conv": (convolutions, (2, 6, 6)),
+    "transformer": (transformer, (5, 8)),
+}
 
 
 @pytest.fixture(params=NETS)
@@ -62,9 +74,11 @@ def no_graphs():
 
 
 @pytest.mark.slow
-def test_compile(net_and_x, no_graphs):
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_compile(name, no_graphs):
     """One graph, forward and backward, in training and in evaluation."""
-    net, x = net_and_x
+    make, shape = NETS[name]
+    net, x = make(), torch.randn(M, 2 * B, *shape)
     compiled = torch.compile(net, fullgraph=True)
     close(step(compiled, x), step(net, x))
     with torch.no_grad():
@@ -72,6 +86,7 @@ def test_compile(net_and_x, no_graphs):
 
 
 def test_compile_takes_other_batch_sizes(net_and_x, no_graphs):
+    """Two sizes, one graph, without Inductor."""
     net, x = net_and_x
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
     for size in (3, 8):
@@ -152,8 +167,9 @@ def test_functional_call_with_grad_and_a_jacobian(net_and_x):
 
 
 def test_vmap_over_parameters(net_and_x):
-    """An ensemble of ensembles: parameters of two networks, stacked."""
-    net, x = net_and_x
+    """An ensemble of ensembles: parameters of two networks, stacked. In float64, since torch's own
+    attention takes another kernel there."""
+    net, x = (t.double() for t in net_and_x)
     other = copy.deepcopy(net)
     for p in other.parameters():
         nn.init.normal_(p)
@@ -165,13 +181,20 @@ def test_vmap_over_parameters(net_and_x):
     close(torch.func.vmap(call)(parameters, buffers), [net(x), other(x)])
 
 
-def test_export(net_and_x):
-    """With a batch size that is free."""
-    net, x = net_and_x
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_export_with_a_free_batch_size(name):
+    make, shape = NETS[name]
+    net, x = make().eval(), torch.randn(M, 2 * B, *shape)
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(net.eval(), (x,), dynamic_shapes=({1: batch},))
+    program = torch.export.export(net, (x,), dynamic_shapes=({1: batch},))
     for size in (2, 5, 8):
         torch.testing.assert_close(program.module()(x[:, :size]), net(x[:, :size]))
+
+
+def test_export_of_a_transformer():
+    make, shape = NETS["transformer"]
+    net, x = make().eval(), torch.randn(M, B, *shape)
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), net(x))
 
 
 def _gradients(rank, store, out):
