@@ -31,27 +31,27 @@ def _blank(peer: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-def forward_for(kind: type[nn.Module]) -> Forward | None:
-    """The forward that replaces the one of `kind`, or None.
+def methods_for(kind: type[nn.Module]) -> dict[str, Forward]:
+    """The forward that replaces the one of `kind`, and what comes with it; {} for other classes.
 
     A class is known by the name of its module and its own, so the packages need not be imported
     here. A subclass counts as long as it has the forward of a known class.
     """
     from landscape_fast.compat import _tabm_forwards, _torch_uncertainty_forwards
 
-    known = _tabm_forwards.FORWARDS | _torch_uncertainty_forwards.FORWARDS
+    known = _tabm_forwards.METHODS | _torch_uncertainty_forwards.METHODS
     for base in kind.__mro__:
         found = known.get((base.__module__, base.__qualname__))
         if found is not None:
-            return found if kind.forward is base.forward else None
-    return None
+            return found if kind.forward is base.forward else {}
+    return {}
 
 
 def subclass_of(peer: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `peer` with our forward; the same one for every call."""
     if peer not in _made:
-        body = {"forward": forward_for(peer), "_peer": peer, "__module__": peer.__module__,
-                "__doc__": peer.__doc__, "__qualname__": peer.__qualname__}  # fmt: skip
+        about = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
+        body = {**about, **methods_for(peer), "_peer": peer}
         _made[peer] = type(peer.__name__, (Swapped, peer), body)
     return _made[peer]
 
@@ -89,7 +89,7 @@ def accelerate_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Swapped):
             found += 1
-        elif "forward" not in vars(module) and forward_for(type(module)) is not None:
+        elif "forward" not in vars(module) and methods_for(type(module)):
             module.__class__ = subclass_of(type(module))
             found += 1
     rule = "a network with layers of tabm or torch_uncertainty"

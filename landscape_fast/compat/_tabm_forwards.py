@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from landscape_fast.compat._tabm_layers import linear_batch_ensemble, linear_ensemble
+from landscape_fast.compat._tabm_layers import linear_ensemble, with_activation
 from landscape_fast.models._tabm_blocks import run_blocks
 from landscape_fast.ops._checks import require
 
 
 def _batch_ensemble(self, x: Tensor) -> Tensor:
-    return linear_batch_ensemble(x, self.weight, self.r, self.s, self.bias)
+    return with_activation(self, x)
 
 
 def _linear_ensemble(self, x: Tensor) -> Tensor:
@@ -20,11 +20,14 @@ def _backbone(self, x: Tensor) -> Tensor:
     return run_blocks(getattr(self, "affine", None), self.blocks, x)
 
 
-FORWARDS = {
-    ("tabm", "LinearBatchEnsemble"): _batch_ensemble,
-    ("tabm", "LinearEnsemble"): _linear_ensemble,
-    ("tabm", "MLPBackbone"): _backbone,
-    ("tabm", "MLPBackboneEnsemble"): _backbone,
-    ("tabm", "MLPBackboneMiniEnsemble"): _backbone,
-    ("tabm", "MLPBackboneBatchEnsemble"): _backbone,
+METHODS = {
+    ("tabm", "LinearBatchEnsemble"): {
+        "forward": _batch_ensemble,
+        "with_activation": with_activation,
+    },
+    ("tabm", "LinearEnsemble"): {"forward": _linear_ensemble},
+    ("tabm", "MLPBackbone"): {"forward": _backbone},
+    ("tabm", "MLPBackboneEnsemble"): {"forward": _backbone},
+    ("tabm", "MLPBackboneMiniEnsemble"): {"forward": _backbone},
+    ("tabm", "MLPBackboneBatchEnsemble"): {"forward": _backbone},
 }

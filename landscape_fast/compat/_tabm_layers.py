@@ -194,18 +194,26 @@ class LinearBatchEnsemble(BatchEnsembleLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, k, I] -> [B, k, O]; [B, 1, I] and [B, I] are read by all members."""
-        return linear_batch_ensemble(x, self.weight, self.r, self.s, self.bias)
+        return with_activation(self, x)
+
+    def with_activation(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """The forward, and "relu" in the same pass; after it in a subclass with another forward."""
+        if type(self).forward is LinearBatchEnsemble.forward:
+            return with_activation(self, x, activation)
+        return self(x) if activation is None else self(x).relu()
 
 
-def linear_batch_ensemble(x, weight, r, s, bias) -> Tensor:
+def with_activation(layer, x: Tensor, activation: str | None = None) -> Tensor:
     """The forward of `LinearBatchEnsemble`, also for layers of `tabm` itself."""
+    weight, r = layer.weight, layer.r
     fits = x.ndim in (2, 3) and x.shape[-1] == weight.shape[1]
     rule = f"[B, k, I] with k = {len(r)}, I = {weight.shape[1]}"
     require(fits, "LinearBatchEnsemble", "x", rule, list(x.shape))
     if x.ndim == 3 and _one_for_all(x, len(r)):
         x = x[:, 0]
     x = _as_computed(x, weight)
-    return batch_ensemble_linear(x, weight, r, s, bias, layout="batch_major")
+    options = {"layout": "batch_major", "activation": activation}
+    return batch_ensemble_linear(x, weight, r, layer.s, layer.bias, **options)
 
 
 def linear_ensemble(x, weight, bias) -> Tensor:

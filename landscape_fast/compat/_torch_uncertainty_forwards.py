@@ -79,9 +79,9 @@ def _conv(self, inputs: Tensor) -> Tensor:
     return conv_forward(self, conv, inputs, _peer_rule)
 
 
-FORWARDS = {
-    ("torch_uncertainty.layers.batch_ensemble", "BatchLinear"): _linear,
-    ("torch_uncertainty.layers.batch_ensemble", "BatchConv1d"): _conv,
-    ("torch_uncertainty.layers.batch_ensemble", "BatchConv2d"): _conv,
-    ("torch_uncertainty.layers.batch_ensemble", "BatchConvTranspose2d"): _conv,
+METHODS = {
+    ("torch_uncertainty.layers.batch_ensemble", "BatchLinear"): {"forward": _linear},
+    ("torch_uncertainty.layers.batch_ensemble", "BatchConv1d"): {"forward": _conv},
+    ("torch_uncertainty.layers.batch_ensemble", "BatchConv2d"): {"forward": _conv},
+    ("torch_uncertainty.layers.batch_ensemble", "BatchConvTranspose2d"): {"forward": _conv},
 }

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from landscape_fast.models._tabm_start import table_rows
+from landscape_fast.nn.batch_ensemble import BatchEnsembleLinear
 from landscape_fast.nn.dropout import relu_dropout
 from landscape_fast.nn.functional import check_count
 from landscape_fast.ops._checks import require
@@ -90,29 +92,48 @@ class TabMMember(nn.Module):
 def run_blocks(affine: nn.Module | None, blocks: nn.ModuleList, x: Tensor) -> Tensor:
     """The blocks of a TabM, one after the other, in fewer passes where nobody can tell.
 
-    A scale in front of a shared `nn.Linear` becomes one product, and ReLU with dropout keeps one
-    activation; with hooks on the modules in question, each is called as it stands.
+    A scale in front of a shared `nn.Linear` becomes one product with it; ReLU becomes a part of the
+    product, or, with dropout, keeps no activation of its own. With hooks on the modules in
+    question, each is called as it stands.
     """
-    start = 0
+    first = blocks[0]
     if affine is not None:
         x = x if x.ndim == 3 else x.unsqueeze(1)
-        first = blocks[0]
         layer = first[0]
         fusible = affine.bias is None and type(layer) is nn.Linear and x.is_floating_point()
         if fusible and _is_plain_block(first) and not _hooked(affine, layer):
             x = x[:, 0] if x.shape[1] == 1 else x
-            x = batch_ensemble_linear(
-                x, layer.weight, affine.weight, None, layer.bias, layout="batch_major"
-            )
-            x, start = relu_dropout(x, first[2].p, first[2].training), 1
+            factors = (affine.weight, None, layer.bias)
+            x = _relu_dropout(first, lambda **o: _product(x, layer.weight, *factors, **o))
+            blocks = blocks[1:]
         else:
             x = affine(x)
-    for block in blocks[start:] if start else blocks:
-        if _is_plain_block(block):
-            x = relu_dropout(block[0](x), block[2].p, block[2].training)
-        else:
+    for block in blocks:
+        if not _is_plain_block(block):
             x = block(x)
+            continue
+        layer = block[0]
+        if type(layer) is BatchEnsembleLinear and _is_plain_layer(layer):
+            run = partial(_product, x, layer.weight, layer.r, layer.s, layer.bias)
+        else:
+            run = partial(layer.with_activation, x) if hasattr(layer, "with_activation") else None
+        if run is None or _hooked(layer):
+            x = relu_dropout(layer(x), block[2].p, block[2].training)
+        else:
+            x = _relu_dropout(block, run)
     return x
+
+
+def _product(x, weight, r, s, bias, **options) -> Tensor:
+    return batch_ensemble_linear(x, weight, r, s, bias, layout="batch_major", **options)
+
+
+def _relu_dropout(block: nn.Sequential, run: Callable[..., Tensor]) -> Tensor:
+    """`run()` is the layer of a plain block; it also takes activation="relu"."""
+    dropout = block[2]
+    if dropout.training and dropout.p > 0:
+        return relu_dropout(run(), dropout.p)
+    return run(activation="relu")
 
 
 def _is_plain_block(block: nn.Module) -> bool:
@@ -124,6 +145,12 @@ def _is_plain_block(block: nn.Module) -> bool:
     return plain and not _hooked(block, relu, dropout)
 
 
+def _is_plain_layer(layer: BatchEnsembleLinear) -> bool:
+    return layer.layout == "batch_major" and layer.rank == 1 and layer.activation is None
+
+
 def _hooked(*modules: nn.Module) -> bool:
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return _has_any_global_hook() or any(getattr(m, name) for m in modules for name in names)
+    patched = any("forward" in m.__dict__ for m in modules)
+    hooked = any(getattr(m, name) for m in modules for name in names)
+    return patched or hooked or _has_any_global_hook()

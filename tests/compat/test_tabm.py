@@ -290,3 +290,29 @@ def test_our_tools_know_the_layers():
     buffer.seek(0)
     for twin in (torch.load(buffer, weights_only=False), copy.deepcopy(model)):
         assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_fused_can_be_overridden(training):
+    """Subclasses and patched instances are called; without them ReLU is part of the product."""
+
+    class Doubled(ours.LinearBatchEnsemble):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = ours.TabM(n_num_features=I, d_out=None, k=K, d_block=8, n_blocks=1, dropout=0.5)
+    layer, x = model.backbone.blocks[0][0], torch.randn(B, I)
+    model.train(training)
+
+    def run():
+        torch.manual_seed(3)
+        return model(x)
+
+    before = run()
+    layer.__class__ = Doubled
+    torch.testing.assert_close(run(), 2 * before)
+    layer.__class__ = ours.LinearBatchEnsemble
+    layer.forward = lambda x: 3 * ours.LinearBatchEnsemble.forward(layer, x)
+    torch.testing.assert_close(run(), 3 * before)
+    del layer.forward
+    torch.testing.assert_close(run(), before)
