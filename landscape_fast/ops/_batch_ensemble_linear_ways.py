@@ -122,6 +122,16 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
     return dx, dweight, dr, ds, dbias
 
 
+def wide_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_major):
+    """Gradients by library calls from x alone, all of them in float32: for few examples."""
+    low = rounded(torch.float32, *rounded(x.dtype, x, weight, r, s))
+    z = scaled(low[0], low[2], batch_major) @ low[1].T if needs[3] else None
+    how = (needs, bias_shared, bias_dtype, batch_major)
+    *found, dbias = composed_backward(dy.float(), *low, z, *how)
+    pairs = zip(found, (x, weight, r, s), strict=True)
+    return *[None if g is None else g.to(t.dtype) for g, t in pairs], dbias
+
+
 def _weighted_sum(h: Tensor, by: Tensor | None, dim: int) -> Tensor:
     """(h * by).sum(dim) for h [M, O, I]; by is [M, O, 1] for dim 1 and [M, 1, I] for dim 2."""
     if by is None:

@@ -13,7 +13,6 @@ from landscape_fast.ops._batch_ensemble_linear_cpu import (
 )
 from landscape_fast.ops._batch_ensemble_linear_index import indexed, indexed_reference
 from landscape_fast.ops._batch_ensemble_linear_plan import (
-    EXACT,
     FUSED,
     Needs,
     Plan,
@@ -30,6 +29,7 @@ from landscape_fast.ops._batch_ensemble_linear_ways import (
     outer_backward,
     per_row,
     scaled,
+    wide_backward,
 )
 from landscape_fast.ops._checks import require
 from landscape_fast.ops._dispatch import (
@@ -178,15 +178,13 @@ def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
         held = zip((weight, r, s), needs[1:4], strict=True)
         exact = any(need and t.dtype != x.dtype for t, need in held)
     if name == "torch":
-        plan = composed_plan(x, examples(x, sizes[1]), x.shape[-1], needs)
-    elif backend == "triton" or _dispatch.FORCED == "triton":
-        plan = FUSED
-    elif name == "cpp":
+        return composed_plan(x, examples(x, sizes[1]), x.shape[-1], needs, exact)
+    if backend == "triton" or _dispatch.FORCED == "triton":
+        return FUSED._replace(backward="G") if exact and FUSED.backward == "H" else FUSED
+    if name == "cpp":
         forced = "cpp" in (backend, _dispatch.FORCED)
-        plan = CPP if forced else cpu_plan(x, weight, r, sizes, needs)
-    else:
-        plan = plan_for(x, weight, (r, s), sizes, needs, exact)
-    return plan._replace(backward=EXACT.get(plan.backward, plan.backward)) if exact else plan
+        return CPP if forced else cpu_plan(x, weight, r, sizes, needs)
+    return plan_for(x, weight, (r, s), sizes, needs, exact)
 
 
 def _forward(x, weight, r, s, bias, members, batch_major, relu, way):
@@ -240,5 +238,7 @@ class _BatchEnsembleLinear(torch.autograd.Function):
             return composed_backward(dy, x, *rounded(x.dtype, weight, r, s), z, *how)
         if ctx.plan == "outer":
             return outer_backward(dy, x, weight, r, s, *how)
+        if ctx.plan == "wide":
+            return wide_backward(dy, x, weight, r, s, *how)
         found = backward_op(dy, x, weight, r, s, *how, ctx.plan == "H")
         return [g if need else None for g, need in zip(found, needs, strict=True)]

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from landscape_fast.ops import _batch_ensemble_linear_plan as plan
 from landscape_fast.ops import _batch_ensemble_linear_ways as ways
 from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear,
@@ -177,9 +178,20 @@ def test_keeps_x_alone(backend, dtype, device):
     assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in tensors}
 
 
+@pytest.mark.parametrize("B", [plan.WIDE_EXAMPLES - 1, plan.WIDE_EXAMPLES])
+@pytest.mark.parametrize("layout", ["member_major", "batch_major", "shared"])
+def test_few_examples_and_many(layout, B):
+    """By float32 products, and by the outer products of each member."""
+    for dtype in (HALF, BF16):
+        tensors = inputs(3, B, 9, 7, layout, dtype=dtype)
+        for absent in ((), (2,), (3,)):
+            some = [None if i in absent else t for i, t in enumerate(tensors)]
+            assert all(ours <= HELD for ours, _ in check(some, layout).values())
+
+
 def test_members_are_taken_a_few_at_a_time(monkeypatch):
     """However many fit into memory at once, the gradients are the same."""
-    tensors = inputs(5, 6, 4, 3, dtype=BF16)
+    tensors = inputs(5, plan.WIDE_EXAMPLES, 4, 3, dtype=BF16)
     for elements in (1, 2 * 12, 5 * 12):
         monkeypatch.setattr(ways, "OUTER_ELEMENTS", {"cpu": elements})
         assert all(ours <= HELD for ours, _ in check(tensors).values())

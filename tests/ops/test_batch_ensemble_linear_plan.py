@@ -39,6 +39,21 @@ def test_table(sizes, inference, training, first_layer):
     assert plan.choose(problem, ALL._replace(x=False)) == first_layer
 
 
+@pytest.mark.parametrize(
+    "sizes, training",
+    [  # the same with parameters in float32: their gradients take no product of rounded factors
+        ((32, 256, 512, 512), Plan("fused", "G")),
+        ((8, 512, 2048, 2048), Plan("fused", "G")),
+        ((8, 512, 4096, 4096), Plan("composed", "G")),
+        ((4, 4096, 4096, 4096), Plan("composed", "outer")),
+        ((16, 1, 8192, 8192), Plan("fused", "wide")),  # memory's time: rows are few
+    ],
+    ids=str,
+)
+def test_table_of_exact_gradients(sizes, training):
+    assert plan.choose(Problem(*sizes, exact=True, wide=True), ALL) == training
+
+
 def problems(count):
     """Random problems, sizes spread evenly over magnitudes, and random needs."""
     draw = random.Random(0)
@@ -50,7 +65,8 @@ def problems(count):
         has_r, has_s = flags[0], flags[1]
         needs = needs._replace(r=needs.r and has_r, s=needs.s and has_s)
         exact = kind == "half" and any(needs[1:4]) and draw.random() < 0.5
-        yield Problem(M, B, I, O, arch, kind, flags[2], has_r, has_s, flags[3], exact), needs
+        exact = (exact, exact and draw.random() < 0.5)
+        yield Problem(M, B, I, O, arch, kind, flags[2], has_r, has_s, flags[3], *exact), needs
 
 
 def test_never_slower_than_the_composition_by_its_own_estimate():
@@ -64,7 +80,8 @@ def test_never_slower_than_the_composition_by_its_own_estimate():
             assert chosen.forward == "composed"  # who else would keep z
         assert (chosen.backward == "none") == (not any(needs))
         assert chosen.backward != "H" or needs.x
-        assert not problem.exact or chosen.backward in ("G", "outer")
+        exact = ("G", "outer", "wide") if problem.wide else ("G", "outer")
+        assert not problem.exact or chosen.backward in exact
 
 
 def test_estimates_grow_with_the_problem():
@@ -75,7 +92,12 @@ def test_estimates_grow_with_the_problem():
     for problem, needs in problems(200):
         if problem.B < plan.ROWS:
             continue  # tiles of few examples run at another rate
-        for way in (FUSED, Plan("fused", "G"), COMPOSED, Plan("composed", "outer")):
+        for way in (
+            FUSED,
+            Plan("fused", "G"),
+            COMPOSED,
+            *[Plan("composed", w) for w in ("outer", "wide")],
+        ):
             us = plan.estimate(problem, needs, way)
             for letter in "MBIO":
                 larger = problem._replace(**{letter: 2 * getattr(problem, letter)})
@@ -140,6 +162,7 @@ def automatic(monkeypatch):
         COMPOSED,
         Plan("composed", "outer"),
         Plan("fused", "outer"),
+        Plan("composed", "wide"),
     ],
     ids=str,
 )
@@ -200,7 +223,7 @@ def test_problem_is_read_off_the_arguments(automatic, monkeypatch, device):
         common._replace(has_s=False),
         common._replace(kind="half", shared_x=True, has_s=False),
         common._replace(I=15, has_r=False, has_s=False),
-        common._replace(kind="half", has_s=False, exact=True),
+        common._replace(kind="half", has_s=False, exact=True, wide=True),
     ]
     problems.clear()
     batch_ensemble_linear(x[..., :15].contiguous(), weight[:, :15])
