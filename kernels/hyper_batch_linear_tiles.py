@@ -60,7 +60,7 @@ _DESCRIPTORS = {  # unit stride along features and 16-byte aligned rows; Hopper 
     "x tied half medium tma": _x(128, 128, 64, 8, 2, True),
     "x tied half tiny tma": _x(64, 64, 64, 4, 3, True),
 }
-_BLACKWELL = {"fwd ieee tiny": _fwd(64, 32, 32, 8, 3)}  # with 16 it spills there, with 32 elsewhere
+_BLACKWELL = {"fwd ieee tiny": _fwd(64, 32, 16, 4, 3)}  # with eight warps it spills there
 _TABLES = {
     80: _POINTERS,
     90: _POINTERS | _DESCRIPTORS,

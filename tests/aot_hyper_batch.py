@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from landscape_fast.kernels import hyper_batch_conv2d as conv
+from landscape_fast.kernels import hyper_batch_conv2d_tiles as conv_tiles
 from landscape_fast.kernels import hyper_batch_linear as linear
 from landscape_fast.kernels import hyper_batch_linear_backward as linear_backward
 from landscape_fast.kernels import hyper_batch_linear_tiles as linear_tiles
@@ -30,6 +32,36 @@ def cases(arch: int, tensor_core: str) -> Iterator[tuple[str, Callable[[], objec
         options = {"factors": torch.float32, "I": 1008, "O": 1008, "long": True}
         call = _linear_call(bucket, config, torch.float16, tied, **options)
         yield f"hyper {bucket} long", call, (tensor_core,), ()
+    for (a, bucket), config in conv_tiles.SHIPPED.items():
+        if a != arch:
+            continue
+        kind, width = bucket.split()
+        must = (
+            ()
+            if kind == "ieee"
+            else (tensor_core if config.tiles["BLOCK_P"] >= 64 else "mma.sync",)
+        )
+        never = ("mma.sync", "wgmma", "tcgen05") if kind == "ieee" else ()
+        for tied in (True, False):
+            name = f"hyper conv {bucket}{' tied' if tied else ''}"
+            yield name, _conv_call(kind, width, config, tied), must, never
+
+
+def _conv_call(kind, width, config, tied):
+    """A 3x3 convolution with that many channels; of a picture where the width is "thin"."""
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    (I, O), M, B, H = (3, 32) if width == "thin" else (int(width),) * 2, 4, 64, 32
+
+    def new(*shape, like=dtype):
+        return torch.empty(*shape, dtype=like, device="meta")
+
+    x, y, z = (new(M, B, H, H, C).permute(0, 1, 4, 2, 3) for C in (I, O, O))
+    weight, e, held = new(O, 3, 3, I), new(M, B, O), torch.float32
+    r, s = new(M, I, like=held), new(M, O, like=held)
+    u, v = (None, None) if tied else (r, s)
+    tensors = (x, weight, weight, e, r, s, u, v, new(M, B, O, like=held), y, z)
+    options = ((1, 1), (1, 1), (1, 1), kind == "tf32")
+    return lambda: conv.hyper_batch_conv2d_fwd(*tensors, *options, config=config)
 
 
 def _linear_call(bucket, config, dtype, tied, factors=None, I=1024, O=1024, long=False):

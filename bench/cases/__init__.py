@@ -4,6 +4,9 @@ import importlib
 
 OPS = (
     "batch_ensemble_linear",
+    "batch_ensemble_conv2d",
+    "hyper_batch_linear",
+    "hyper_batch_conv2d",
     "pairwise_divergence",
     "ensemble_summary",
     "combine",

@@ -7,12 +7,24 @@ from typing import NamedTuple
 import torch
 
 from landscape_fast.ops import _dispatch
+from landscape_fast.ops.batch_ensemble_conv2d import (
+    batch_ensemble_conv2d,
+    batch_ensemble_conv2d_reference,
+)
 from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear,
     batch_ensemble_linear_reference,
 )
 from landscape_fast.ops.combine import combine, combine_reference
 from landscape_fast.ops.ensemble_summary import ensemble_summary, ensemble_summary_reference
+from landscape_fast.ops.hyper_batch_conv2d import (
+    hyper_batch_conv2d,
+    hyper_batch_conv2d_reference,
+)
+from landscape_fast.ops.hyper_batch_linear import (
+    hyper_batch_linear,
+    hyper_batch_linear_reference,
+)
 from landscape_fast.ops.pairwise_divergence import (
     pairwise_disagreement,
     pairwise_disagreement_reference,
@@ -76,6 +88,21 @@ def _linear(rows: Callable, M=3, I=70, O=45):
             1 + 0.3 * torch.randn(M, i),
             1 + 0.3 * torch.randn(M, o),
             torch.randn(M, o),
+        ]
+
+    return make
+
+
+def _conv(shared=False, kernel=3, M=3, I=18, O=20):
+    def make(scale):
+        B, H = 5 * scale, 9
+        rows = (B,) if shared else (M, B)
+        return [
+            torch.randn(*rows, H, H + 2, I).movedim(-1, -3),
+            torch.randn(O, I, kernel, kernel) / (I * kernel**2) ** 0.5,
+            1 + 0.3 * torch.randn(M, I),
+            1 + 0.3 * torch.randn(M, O),
+            torch.randn(M, O),
         ]
 
     return make
@@ -155,6 +182,81 @@ def _linear_entries():
         yield Entry(name, "batch_ensemble_linear", function, definition, make)
 
 
+def _conv_entries():
+    ways = {
+        "3x3": ({"padding": 1}, _conv()),
+        "strided": ({"stride": 2, "padding": 1, "dilation": (1, 2)}, _conv()),
+        "1x1": ({"activation": "relu"}, _conv(kernel=1, I=40, O=70)),
+        "stem, shared": ({"padding": "same"}, _conv(True, I=3)),
+        "shared": ({"padding": 1}, _conv(True)),
+    }
+    for name, (options, make) in ways.items():
+        yield Entry(
+            f"conv {name}",
+            "batch_ensemble_conv2d",
+            partial(batch_ensemble_conv2d, **options),
+            partial(batch_ensemble_conv2d_reference, **options),
+            make,
+        )
+
+
+def _hyper_linear(tie, rows=None, M=3, I=70, O=45):
+    """Inputs whose factors are tied or not; `rows` where x is not [M, B, I]."""
+
+    def make(scale):
+        B, i, o = 37 * scale, I * scale, O * scale
+        x, e = torch.randn(*(rows(B) if rows else (M, B)), i), 0.5 * torch.randn(2, M, B, o)
+        weights = torch.randn(2, o, i) / i**0.5
+        near = [1 + 0.3 * torch.randn(M, n) for n in (i, o, i, o)]
+        return [x, *weights, e[0], *near[: 2 if tie else 4], *torch.randn(2, M, o), e[1]]
+
+    return make
+
+
+def _hyper_conv(tie, M=3, I=9, O=20, H=11):
+    def make(scale):
+        B, i, o = 3 * scale, I * scale, O * scale
+        e, weights = 0.5 * torch.randn(2, M, B, o), torch.randn(2, o, i, 3, 3) / (9 * i) ** 0.5
+        near = [1 + 0.3 * torch.randn(M, n) for n in (i, o, i, o)]
+        x = torch.randn(M, B, i, H, H)
+        return [x, *weights, e[0], *near[: 2 if tie else 4], *torch.randn(2, M, o), e[1]]
+
+    return make
+
+
+def _with_tied_factors(function, x, weight, delta, e, r, s, *biases, **options):
+    return function(x, weight, delta, e, r, s, None, None, *biases, **options)
+
+
+def _hyper_entries():
+    linear = (hyper_batch_linear, hyper_batch_linear_reference)
+    conv = (hyper_batch_conv2d, hyper_batch_conv2d_reference)
+    for tie in (True, False):
+        kinds = (
+            ("hyper linear", "hyper_batch_linear", linear, _hyper_linear(tie), {}),
+            (
+                "hyper linear shared",
+                "hyper_batch_linear",
+                linear,
+                _hyper_linear(tie, lambda B: (B,)),
+                {},
+            ),
+            (
+                "hyper conv",
+                "hyper_batch_conv2d",
+                conv,
+                _hyper_conv(tie),
+                {"padding": 1, "stride": (1, 2)},
+            ),
+        )
+        for name, op, functions, make, options in kinds:
+            if tie:
+                call, reference = (partial(_with_tied_factors, f, **options) for f in functions)
+            else:
+                call, reference = (partial(f, **options) for f in functions)
+            yield Entry(f"{name}{' tied' if tie else ''}", op, call, reference, make)
+
+
 def _divergence_entries():
     for kind in ("js", "kl", "disagreement"):
         for classes in (10, 131):
@@ -170,6 +272,8 @@ def _divergence_entries():
 
 ENTRIES = (
     *_linear_entries(),
+    *_hyper_entries(),
+    *_conv_entries(),
     Entry("combine flat", "combine", combine, combine_reference, _flat),
     Entry(
         "combine layers",
