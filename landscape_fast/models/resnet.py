@@ -110,6 +110,7 @@ class ResNet(Network):
                 sizes = (channels, outputs, stride)
                 self.blocks.append(_Block(sizes, order, shortcut, dropout, make_conv, make_norm))
                 channels = outputs
+        # after the stem, or before the head
         self.norm = make_norm(16 if order == "post" else channels)
         self.head = linear(channels, classes, **factory)
         self.reset_parameters(generator)
