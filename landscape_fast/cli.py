@@ -1,4 +1,4 @@
-"""The command `landscape-fast`: demo, train, show-config.
+"""The command `landscape-fast`: demo, train, study, show-config.
 
 The parser is built without importing torch, so that help and errors of usage come at once.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from landscape_fast import __version__
 from landscape_fast.studies import commands as study
+from landscape_fast.studies import registry
 from landscape_fast.studies.commands import PROGRAM, say
 from landscape_fast.studies.presets import (
     AUGMENTS,
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_demo(commands)
     _add_train(commands)
+    _add_study(commands)
     show = _command(
         commands,
         "show-config",
@@ -225,6 +227,34 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--augment",
         choices=AUGMENTS,
         help="random shifts and flips of images (default: none; crop_flip with a recipe)",
+    )
+
+
+def _add_study(commands) -> None:
+    lines = [f"{name}: {summary}" for name, summary in registry.STUDIES.items()]
+    parser = _command(
+        commands,
+        "study",
+        registry.study,
+        "repeat a paper's comparison on data that needs no files",
+        "Trains all methods of a study several times, prints a table with standard errors and "
+        f"writes it with every run. {'; '.join(lines)}.",
+    )
+    parser.add_argument("name", choices=registry.STUDIES, metavar="NAME", help="which study")
+    parser.add_argument(
+        "--size",
+        choices=registry.SIZES,
+        default="small",
+        help="tiny: seconds, to see that it runs; small: minutes (default); full: hours",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the results (default: out/NAME)"
+    )
+    parser.add_argument(
+        "--seed", type=_seed, metavar="N", help="of all random numbers (default: 0)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the results as JSON instead of a table"
     )
 
 

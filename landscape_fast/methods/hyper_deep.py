@@ -17,6 +17,7 @@ from landscape_fast.methods.checkpoint import load_checkpoint
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import DeepEnsemble
 from landscape_fast.methods.search_space import Space, apply, check_space, draw
+from landscape_fast.methods.seeds import isolated_rng
 from landscape_fast.methods.selection import OBJECTIVES, Selection, select_members
 from landscape_fast.methods.splits import Validation, hold_out
 from landscape_fast.methods.trials import (
@@ -90,7 +91,8 @@ def load_network(build: Callable[..., nn.Module], row: Mapping[str, Any]) -> nn.
     require(file is not None, op, "row", "of a search with a directory", "a row without a file")
     require(row["outcome"] == "done", op, "row", "of a trial that ended well", row["outcome"])
     _, arguments = apply(TrainConfig(), row["settings"])
-    network = build(**arguments)
+    with isolated_rng(0, torch.device("cpu")):  # what it draws is replaced
+        network = build(**arguments)
     content = torch.load(file, map_location="cpu", weights_only=True)
     network.load_state_dict(content["state"]["model"])
     return network.eval()

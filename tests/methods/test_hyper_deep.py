@@ -169,8 +169,10 @@ def test_a_finished_search_is_read_and_a_longer_one_extends_it(tmp_path, monkeyp
 def test_every_network_can_be_loaded_again(tmp_path, expected):
     found = search(directory=tmp_path)
     held_x = hold_out("", *rows(), 0.4, ONCE.seed)[2]
+    before = torch.get_rng_state()
     for row, logits in zip(found.table, found.logits, strict=True):
         assert torch.equal(predict(load_network(network, row), held_x)[0], logits)
+    assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match="row must be of a search with a directory; got"):
         load_network(network, expected.table[0])
     with pytest.raises(ValueError, match="row must be of a trial that ended well; got diverged"):

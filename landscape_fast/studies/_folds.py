@@ -1,0 +1,122 @@
+"""Results of several methods on several folds: means, standard errors, verdicts, files."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from landscape_fast.studies.report import format_table, to_csv, write_results
+
+COLUMNS = (
+    ("method", "method", "{}"),
+    ("members", "networks", "{:.1f}"),
+    ("accuracy", "accuracy", "{}"),
+    ("nll", "NLL (nats)", "{}"),
+    ("brier", "Brier", "{}"),
+    ("ece", "ECE", "{}"),
+    ("disagreement", "disagreement", "{}"),
+    ("nll_to_deep", "NLL - deep", "{}"),
+    ("seconds", "seconds", "{:.0f}"),
+)
+_FORMS = {"accuracy": "{:.2%}", "nll": "{:.4f}", "brier": "{:.4f}", "ece": "{:.2%}",
+          "disagreement": "{:.2%}", "nll_to_deep": "{:+.4f}"}  # fmt: skip
+
+# Two-sided 95 % of Student's t, by degrees of freedom.
+_T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method: means over the folds, and their standard errors under key_se."""
+    deep, rows = [run["nll"] for run in runs if run["method"] == "deep"], []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        row = {"method": method, "members": sum(run["members"] for run in own) / len(own)}
+        for key in ("accuracy", "nll", "brier", "ece", "member_nll", "disagreement"):
+            row[key], row[f"{key}_se"] = mean_se([run[key] for run in own])
+        differences = [run["nll"] - other for run, other in zip(own, deep, strict=True)]
+        row["nll_to_deep"], row["nll_to_deep_se"] = mean_se(differences)
+        row["parameters"] = sum(run["parameters"] for run in own) / len(own)
+        row["seconds"] = sum(run["seconds"] for run in own)
+        rows.append(row)
+    return rows
+
+
+def mean_se(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and its standard error; None for a value that a method does not always have."""
+    if any(value is None for value in values):
+        return None, None
+    mean, n = sum(values) / len(values), len(values)
+    if n < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def make_notes(runs: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """What the numbers mean, and for each of `pairs` whether its first method beats its second."""
+    folds = len({run["fold"] for run in runs})
+    notes = [
+        f"mean over {folds} folds, each with its own training, and the standard error of that "
+        "mean; the folds share training rows, so it is a little too small",
+        "NLL - deep: mean difference on the same folds; seconds: training over all folds, with the "
+        "searches",
+        f"verdicts: at 95 % of Student's t, {_t95(folds):.2f} standard errors",
+    ]
+    values = {(run["method"], run["fold"]): run for run in runs}
+    for name, other in pairs:
+        said = []
+        for key, form in (("nll", "{:.4f}"), ("accuracy", "{:.2%}")):
+            gaps = [values[name, f][key] - values[other, f][key] for f in range(folds)]
+            mean, error = mean_se(gaps)
+            clear = error is not None and abs(mean) > _t95(folds) * error
+            better = (mean < 0) == (key == "nll")
+            verdict = ("better" if better else "worse") if clear else "no clear difference"
+            number = form.replace(":", ":+").format(mean)
+            said.append(f"{key.upper() if key == 'nll' else key} {number} ± "
+                        f"{form.format(error or 0.0)} ({verdict})")  # fmt: skip
+        notes.append(f"{name} against {other}: {', '.join(said)}")
+    return notes
+
+
+def _t95(folds: int) -> float:
+    return _T95.get(folds - 1, 2.0)
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with `mean ± standard error` in place of numbers."""
+    shown = dict(row)
+    for key, form in _FORMS.items():
+        value, error = row[key], row[f"{key}_se"]
+        text = None if value is None else form.format(value)
+        shown[key] = text if error is None else f"{text} ± {form.replace('+', '').format(error)}"
+    return shown
+
+
+def write(directory: Path, document: dict[str, Any]) -> None:
+    """results.json and .csv (the rows), runs.csv, trials.csv, results.md (what `markdown` says)."""
+    write_results(directory, document)
+    for name, text in (
+        ("runs.csv", to_csv(document["runs"])),
+        ("trials.csv", to_csv(document["trials"])),
+        ("results.md", markdown(document)),
+    ):
+        temporary = directory / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, directory / name)
+
+
+def describe(document: dict[str, Any]) -> str:
+    """The table and the notes as text."""
+    table = format_table([_shown(row) for row in document["rows"]], COLUMNS)
+    return "\n".join([table, "", *(f"- {note}" for note in document["notes"])])
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The table and the notes in Markdown."""
+    lines = [[heading for _, heading, _ in COLUMNS], ["---"] + ["---:"] * (len(COLUMNS) - 1)]
+    for row in map(_shown, document["rows"]):
+        lines.append(
+            ["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS]
+        )
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([table, "", *(f"- {note}" for note in document["notes"]), ""])

@@ -1,0 +1,36 @@
+"""The studies that `landscape-fast study` runs, readable without importing torch.
+
+A study is a module of this package with `SIZES`, `run(size, out, seed)`, which writes its results
+to the folder `out` and returns a document, and `describe(document)`, which makes text of it.
+"""
+
+import sys
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+
+STUDIES = {
+    "gorishniy2024": "TabM, and 8 of its 32 members, against an MLP and a deep ensemble on tables",
+    "wenzel2020": "hyper-deep and hyper-batch against deep ensembles and BatchEnsemble on digits",
+}
+SIZES = ("tiny", "small", "full")
+
+
+def study(args: Namespace) -> int:
+    """Runs one study; prints its table, or its document as JSON."""
+    out = args.out or Path("out") / args.name
+    out.mkdir(parents=True, exist_ok=True)
+    module = import_module(f"landscape_fast.studies.{args.name}")
+    document = module.run(args.size, out, args.seed or 0)
+    if args.json:
+        from landscape_fast.studies.report import to_json
+
+        print(to_json(document), end="")
+        return 0
+    print(
+        f"{args.name}, {args.size}, seed {document['seed']}", module.describe(document), sep="\n\n"
+    )
+    files = sorted(str(path) for path in out.iterdir() if path.suffix in (".json", ".csv", ".md"))
+    print(f"\nwrote {', '.join(files)}")
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,92 @@
+"""`landscape-fast study` as its users see it."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from landscape_fast import cli
+from landscape_fast.studies import registry
+
+
+def test_every_study_has_what_the_command_needs():
+    pytest.importorskip("sklearn")
+    for name in registry.STUDIES:
+        module = import_module(f"landscape_fast.studies.{name}")
+        assert tuple(module.SIZES) == registry.SIZES
+        assert callable(module.run) and callable(module.describe)
+
+
+@pytest.fixture
+def canned(monkeypatch):
+    """A study that takes no time, under a real name."""
+    calls = []
+
+    class Canned:
+        @staticmethod
+        def run(size, out, seed):
+            calls.append((size, seed))
+            (out / "results.csv").write_text("method\n")
+            return {"seed": seed, "rows": [{"method": "single", "nll": float("nan")}]}
+
+        @staticmethod
+        def describe(document):
+            return f"{len(document['rows'])} row"
+
+    monkeypatch.setattr(registry, "import_module", lambda name: calls.append(name) or Canned)
+    return calls
+
+
+def test_prints_the_table_and_where_the_files_are(canned, tmp_path, capsys):
+    out = tmp_path / "a" / "b"
+    assert (
+        cli.main(["study", "wenzel2020", "--size", "tiny", "--out", str(out), "--seed", "3"]) == 0
+    )
+    assert canned == ["landscape_fast.studies.wenzel2020", ("tiny", 3)]
+    assert capsys.readouterr().out == (
+        f"wenzel2020, tiny, seed 3\n\n1 row\n\nwrote {out / 'results.csv'}\n"
+    )
+
+
+def test_defaults_and_json(canned, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["study", "gorishniy2024", "--json"]) == 0
+    assert canned[1] == ("small", 0) and (tmp_path / "out" / "gorishniy2024").is_dir()
+    assert json.loads(capsys.readouterr().out)["rows"] == [{"method": "single", "nll": None}]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["study", "fort2019"], "argument NAME: invalid choice: 'fort2019'"),
+        (["study"], "the following arguments are required: NAME"),
+        (["study", "wenzel2020", "--size", "huge"], "argument --size: invalid choice: 'huge'"),
+        (
+            ["study", "wenzel2020", "--seed", "-1"],
+            "argument --seed: must be a non-negative integer",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_help_does_not_import_torch_and_names_the_studies():
+    code = (
+        "import sys\n"
+        "from landscape_fast import cli\n"
+        "try:\n"
+        "    cli.main(['study', '--help'])\n"
+        "except SystemExit:\n"
+        "    print(sorted({'torch', 'numpy', 'sklearn'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]")
+    text = " ".join(done.stdout.split())
+    for name, summary in registry.STUDIES.items():
+        assert f"{name}: {summary}" in text
