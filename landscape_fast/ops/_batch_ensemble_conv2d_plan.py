@@ -3,9 +3,9 @@
 On a GPU, a model of the time of each way, in microseconds, from products, bytes and launches. Every
 number is an estimate until measured: rates and bandwidths are those of the linear op's plan, the
 shares that convolutions reach of them are taken from published figures for Hopper (implicit GEMMs
-of cuDNN 0.7 to 0.8 of a library GEMM, of Triton with pointer loads about 0.5). Our kernels load a
-pixel once per tap through L2, which bounds them where channels are few. The choice is the smallest
-estimate; forcing a backend overrides it.
+of cuDNN 0.7 to 0.8 of a library GEMM, of Triton with pointer loads about 0.5). Either loads a pixel
+once per tap through L2, which bounds it where channels are few; what is left to win there is the
+passes for the factors. The choice is the smallest estimate; forcing a backend overrides it.
 """
 
 from typing import NamedTuple
@@ -31,9 +31,10 @@ FUSED = {  # the same of our kernels: y, dx, dweight
     "tf32": (0.45, 0.45, 0.35),
     "ieee": (0.40, 0.40, 0.30),
 }
+BLACKWELL = 0.75  # of those shares: loads through pointers feed its tensor cores less well
 NARROW = 64  # of fewer columns, a tile leaves a part of the tensor core idle
 FEW = 8  # channels that take a whole vector load
-HALF_OF_FEW = 0.25  # share left where channels are fewer than that
+SHARE_OF_FEW = 0.25  # left where there are fewer
 
 
 class Plan(NamedTuple):
@@ -77,8 +78,11 @@ def composed_plan(members: int, products: int, alone: bool) -> Plan:
 
 
 def choose(p: Problem, needs: Needs, fusable: bool = True) -> Plan:
-    """The quickest ways on a GPU; a tie goes to the fused kernels."""
-    ways = ("fused", "once", "merged") if fusable else ("once", "merged")
+    """The quickest ways on a GPU; a tie goes to the fused kernels.
+
+    Those load channels in vectors: where channels are not last, they do not come into question.
+    """
+    ways = ("fused", "once", "merged") if fusable and p.channels_last else ("once", "merged")
     forward, backward = ways[0], ways[0]
     for way in ways[1:]:  # loops, since torch.compile traces this where sizes are dynamic
         if forward_time(p, way) < forward_time(p, forward):
@@ -94,9 +98,9 @@ def forward_time(p: Problem, way: str) -> float:
     if way == "fused":
         return _fused(p, 0)
     if way == "merged":
-        return _library(p, p.M, p.M * p.B) + _pass(p, 2 * y)
+        return _library(p, p.M, p.M * p.B, 0) + _pass(p, 2 * y)
     rows = p.B if p.shared_x and not p.has_r else p.M * p.B
-    us = _library(p, 1, rows)
+    us = _library(p, 1, rows, 0)
     if p.has_r:
         us += _pass(p, x + p.M * p.B * p.inputs * p.I)
     return us + _pass(p, rows * p.outputs * p.O + y)
@@ -112,21 +116,21 @@ def backward_time(p: Problem, needs: Needs, way: str) -> float:
         return us + (_pass(p, y) if needs.bias and not rest else 0.0)
     us = _pass(p, y) if needs.bias else 0.0
     if way == "merged":
-        for wanted in (needs.x, rest):
-            us += _library(p, p.M, p.M * p.B) if wanted else 0.0
+        for which, wanted in ((1, needs.x), (2, rest)):
+            us += _library(p, p.M, p.M * p.B, which) if wanted else 0.0
         us += p.M * 4 * PASS_LAUNCH if rest else 0.0
         return us + (_pass(p, 2 * x) if needs.x else 0.0)
     rows = p.B if p.shared_x and not p.has_r else p.M * p.B
     if needs.s:
-        us += _library(p, 1, rows) + 2 * _pass(p, 2 * y)
+        us += _library(p, 1, rows, 0) + 2 * _pass(p, 2 * y)
     if p.has_r and (needs.s or needs.weight):
         us += _pass(p, 2 * x)
     if p.has_s and (needs.x or needs.weight or needs.r):
         us += _pass(p, 2 * y)
     if needs.x or needs.r:
-        us += _library(p, 1, rows)
+        us += _library(p, 1, rows, 1)
     if needs.weight:
-        us += _library(p, 1, rows)
+        us += _library(p, 1, rows, 2)
     if needs.r:
         us += 2 * _pass(p, 2 * x)
     return us + (_pass(p, 2 * x) if needs.x and p.has_r else 0.0)
@@ -134,25 +138,31 @@ def backward_time(p: Problem, needs: Needs, way: str) -> float:
 
 def _fused(p: Problem, which: int) -> float:
     """One of our kernels: y, dx, dweight."""
-    images = p.M * p.B
     # a row of dx gathers every tap, those that a stride passes over too
     rows = p.inputs if which == 1 else p.outputs
-    summed, columns = (p.O, p.I) if which == 1 else (p.I, p.O)
-    share = FUSED[p.kind][which] * (1.0 if columns >= NARROW else max(columns, 16) / NARROW)
-    share *= 1.0 if summed >= FEW and p.channels_last else HALF_OF_FEW
-    flops = 2e-6 * images * rows * p.I * p.O * p.taps / RATE[p.arch][p.kind]
-    moved = _images(p) * p.inputs * p.I + images * p.outputs * p.O
-    gathered = images * rows * p.taps * summed * -(-columns // 128)
-    memory = _size(p) * 1e-6 * max(moved / BANDWIDTH[p.arch], gathered / L2[p.arch])
-    return GEMM_LAUNCH + max(flops / share, memory)
+    moved = _images(p) * p.inputs * p.I + p.M * p.B * p.outputs * p.O
+    share = FUSED[p.kind][which] * (BLACKWELL if p.arch == 100 else 1.0)
+    return GEMM_LAUNCH + _product(p, p.M * p.B, rows, moved, which, 128, share)
 
 
-def _library(p: Problem, launches: int, images: int) -> float:
+def _library(p: Problem, launches: int, images: int, which: int) -> float:
     """Convolutions of that many images in all, or of their gradients."""
-    flops = 2e-6 * images * p.outputs * p.I * p.O * p.taps / RATE[p.arch][p.kind]
-    moved = images * (p.inputs * p.I + p.outputs * p.O) / BANDWIDTH[p.arch]
-    each = max(flops / LIBRARY[p.kind], _size(p) * 1e-6 * moved)
-    return launches * GEMM_LAUNCH + each
+    moved = images * (p.inputs * p.I + p.outputs * p.O)
+    products = _product(p, images, p.outputs, moved, which, 256, LIBRARY[p.kind])
+    return launches * GEMM_LAUNCH + products
+
+
+def _product(
+    p: Problem, images: int, rows: int, moved: int, which: int, widest: int, share: float
+) -> float:
+    """Implicit GEMM: the longest of products, bytes, and taps through L2 for `widest` columns."""
+    summed, columns = (p.O, p.I) if which == 1 else (p.I, p.O)
+    share *= 1.0 if columns >= NARROW else max(columns, 16) / NARROW
+    share *= 1.0 if summed >= FEW else SHARE_OF_FEW
+    flops = 2e-6 * images * rows * p.I * p.O * p.taps / RATE[p.arch][p.kind]
+    gathered = images * rows * p.taps * summed * -(-columns // widest)
+    memory = _size(p) * 1e-6 * max(moved / BANDWIDTH[p.arch], gathered / L2[p.arch])
+    return max(flops / share, memory)
 
 
 def _pass(p: Problem, elements: int) -> float:

@@ -32,7 +32,8 @@ class Conv(NamedTuple):
 def check_count(op: str, argument: str, value: int) -> None:
     """An int of at least 1; a bool is not a count."""
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(ok, op, argument, "an integer of at least 1", repr(value))
+    if not ok:  # torch.compile cannot trace the repr of a dynamic size
+        raise ValueError(message(op, argument, "an integer of at least 1", repr(value)))
 
 
 def pair(op: str, argument: str, value, least: int, dims: int = 2) -> tuple[int, ...]:
@@ -40,8 +41,9 @@ def pair(op: str, argument: str, value, least: int, dims: int = 2) -> tuple[int,
     found = (value,) * dims if isinstance(value, int) else value
     ok = isinstance(found, tuple | list) and len(found) == dims
     ok = ok and all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in found)
-    many = f"an integer or {COUNTS[dims]}" if dims > 1 else "an integer"
-    require(ok, op, argument, f"{many}, at least {least}", repr(value))
+    if not ok:
+        many = f"an integer or {COUNTS[dims]}" if dims > 1 else "an integer"
+        raise ValueError(message(op, argument, f"{many}, at least {least}", repr(value)))
     return tuple(found)
 
 
@@ -81,7 +83,8 @@ def geometry(
         require(small, op, "output_padding", rule, output_padding)
         return Conv(stride, padding, dilation, groups, True, output_padding)
     none = (0,) * dims
-    require(output_padding in (0, none), op, "output_padding", "0", repr(output_padding))
+    if output_padding not in (0, none):
+        raise ValueError(message(op, "output_padding", "0", repr(output_padding)))
     if isinstance(padding, str):
         same = padding == "same"
         total = [d * (k - 1) if same else 0 for d, k in zip(dilation, kernel, strict=True)]
