@@ -64,8 +64,8 @@ class Plan(NamedTuple):
 COMPOSED = Plan("composed", "composed")
 OUTER = Plan("composed", "outer")
 FUSED = Plan("fused", "H")
-# Examples of a member below which "wide" is quicker than "outer" on a CPU: measured 1.2 to 1.7 times
-# at 32 and 0.9 to 1.1 times at 64, for 512 and 1024 features (bfloat16, one thread of an AMD EPYC).
+# Examples of a member below which "wide" is quicker than "outer" on a CPU: 1.2 to 1.7 times at 32,
+# 0.9 to 1.1 times at 64, for 512 and 1024 features (bfloat16, one thread of an AMD EPYC).
 WIDE_EXAMPLES = 48
 
 
