@@ -8,6 +8,7 @@ stays one layer, and under autocast outputs stay in the low type.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -43,7 +44,10 @@ __all__ = [
     "MLPBackboneEnsemble",
     "MLPBackboneEnsembleBase",
     "MLPBackboneMiniEnsemble",
+    "ScalingInitialization",
+    "ScalingRandomInitialization",
     "TabM",
+    "TabMArchitectureType",
     "batchensemble_linear_layers_",
     "ensemble_batchnorm1d_layers_",
     "ensemble_layernorm_layers_",
@@ -53,6 +57,9 @@ __all__ = [
     "make_tabm_backbone",
 ]
 
+ScalingRandomInitialization = Literal["random-signs", "normal"]
+ScalingInitialization = Literal["random-signs", "normal", "ones"]
+TabMArchitectureType = Literal["tabm", "tabm-mini", "tabm-packed"]
 _OneHotEncoding = OneHot  # the name in tabm's doctest
 
 

@@ -10,6 +10,7 @@ import torch
 from compat.peers import tabm as imported
 from torch import nn
 
+from landscape_fast.compat import accelerate_
 from landscape_fast.compat import tabm as ours
 from landscape_fast.nn import extract_member
 from landscape_fast.testing import check_layer
@@ -316,3 +317,67 @@ def test_what_is_fused_can_be_overridden(training):
     torch.testing.assert_close(run(), 3 * before)
     del layer.forward
     torch.testing.assert_close(run(), before)
+
+
+def by_hand(t, start, between=()):
+    """Blocks of linear, ReLU and dropout without a backbone class."""
+    rest = [nn.ReLU(), nn.Dropout(0.1)]
+    layers = [layer for one in start for layer in (one, *rest)]
+    return nn.Sequential(t.EnsembleView(k=K), *layers, *between, t.LinearEnsemble(O, 2, k=K))
+
+
+def converted(t):
+    backbone = t.MLPBackbone(d_in=I, n_blocks=3, d_block=O, dropout=0.1)
+    t.ensemble_linear_layers_(backbone, k=K)
+    return nn.Sequential(t.EnsembleView(k=K), backbone, t.LinearEnsemble(O, 2, k=K))
+
+
+# What the README of the package builds with its parts, each a function of the module.
+COMPOSED = {
+    "packed": lambda t: by_hand(t, [t.LinearEnsemble(I, O, k=K), t.LinearEnsemble(O, O, k=K)]),
+    "batch": lambda t: by_hand(
+        t,
+        [
+            t.LinearBatchEnsemble(I, O, k=K, scaling_init=("normal", "ones")),
+            t.LinearBatchEnsemble(O, O, k=K, scaling_init="ones"),
+        ],
+    ),
+    "mini": lambda t: nn.Sequential(
+        t.EnsembleView(k=K),
+        t.ElementwiseAffine((K, I), bias=False, scaling_init="normal"),
+        t.MLPBackbone(d_in=I, n_blocks=2, d_block=O, dropout=0.1),
+        t.LinearEnsemble(O, 2, k=K),
+    ),
+    "all parts": lambda t: by_hand(
+        t,
+        [t.LinearBatchEnsemble(I, O, k=K, scaling_init=("random-signs", "ones"))],
+        [
+            t.BatchNorm1dEnsemble(O, k=K),
+            t.LinearEnsemble(O, O, k=K),
+            t.LayerNormEnsemble(O, k=K),
+            nn.Linear(O, O),
+            t.ElementwiseAffine((K, O), bias=True, scaling_init="normal"),
+            t.MLPBackbone(d_in=O, n_blocks=2, d_block=O, dropout=0.1),
+            t.MLPBackboneMiniEnsemble(
+                d_in=O, n_blocks=2, d_block=O, dropout=0.1, k=K,
+                affine_bias=False, affine_scaling_init="normal",
+            ),
+        ],
+    ),
+    "converted": converted,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_networks_built_from_the_parts(peer, name):
+    models = []
+    for module in (peer, ours):
+        torch.manual_seed(7)
+        models.append(COMPOSED[name](module).double())
+    one, two = models
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert list(one.state_dict()) == list(two.state_dict())
+    assert_equal_runs(one, two, torch.randn(B, I, **F64))
+    accelerated = accelerate_(copy.deepcopy(one))
+    assert_equal_runs(one, accelerated, torch.randn(B, I, **F64))
