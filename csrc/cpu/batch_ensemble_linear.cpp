@@ -71,14 +71,12 @@ void by_panels(const RowsJob& job, const float* panels, Isa which, int threads) 
 // Few rows: panels are made of them, and tasks are strips of the matrix. Turning rows costs less
 // than turning the matrix.
 void flipped(const RowsJob& job, const Matrix& matrix, Isa which, int threads) {
-  const int64_t rows = job.M * job.B, K = job.K;
-  const auto scaled = floats(rows * K);
-  const int64_t each = pieces(ALONE, K), chunks = pieces(rows, each);
-  in_parallel(chunks, chunks > 1 ? threads : 1, [&](int64_t index, int) {
-    const int64_t first = index * each, last = first + each < rows ? first + each : rows;
-    LSF_VARIANT(which, scale_rows)(job, first, last, scaled.get());
+  const int64_t rows = job.M * job.B, panel = LSF_VARIANT(which, tile_sizes)().panel;
+  const int64_t count = pieces(rows, panel);
+  const auto panels = floats(count * panel * job.K);
+  in_parallel(count, fewer(threads, count), [&](int64_t p, int) {
+    LSF_VARIANT(which, pack_rows_panel)(job, p, panels.get() + p * panel * job.K);
   });
-  const auto panels = packed({scaled.get(), K, 1}, rows, K, which, threads);
   const int64_t outputs = LSF_VARIANT(which, tile_sizes)().outputs, tasks = pieces(job.N, outputs);
   threads = fewer(threads, tasks);
   const Floats scratch(LSF_VARIANT(which, rows_scratch)(job, outputs), threads);

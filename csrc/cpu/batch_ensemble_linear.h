@@ -67,8 +67,8 @@ constexpr int64_t GRAM_BLOCK = 256;  // examples of a block of `gram`
   int64_t rows_scratch(const RowsJob& job, int64_t rows);                                         \
   void rows_task(const RowsJob& job, const float* panels, int64_t first, int64_t last,            \
                  float* scratch);                                                                 \
-  /* rows * factor into out [rows, K]. */                                                         \
-  void scale_rows(const RowsJob& job, int64_t first, int64_t last, float* out);                   \
+  /* Panel `p` of rows * factor, zeros beyond the last row. */                                    \
+  void pack_rows_panel(const RowsJob& job, int64_t p, float* out);                                \
   /* The other way around: outputs [n, n_last), with panels of the scaled rows. The matrix, of    \
      unit stride along K, is only copied. */                                                      \
   void flipped_task(const RowsJob& job, const float* panels, const float* matrix,                 \

@@ -102,7 +102,7 @@ void use_panel(const float* columns, const float* panel, int64_t examples, int64
       __builtin_prefetch(weight + j * PANEL + k);
       __builtin_prefetch(dweight + j * PANEL + k, 1);
     }
-    tile_of<true>(strip, columns + j * examples, panel, examples, false, tile);
+    tile_of<true>(strip, columns + j * examples, panel, examples, false, panel, tile);
     for (int64_t row = j; row < j + strip; ++row) {
       use_row(tile + (row - j) * PANEL, weight + row * PANEL, s == nullptr ? 1.0f : s[row], r,
               first, dweight + row * PANEL, lanes + row * LANES, dr);

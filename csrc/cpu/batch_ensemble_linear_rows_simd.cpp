@@ -69,16 +69,18 @@ inline __attribute__((always_inline)) T finished(T v, T scale, T shift, T before
   return add ? before + v : v;
 }
 
-// Outputs [n, n + width) of a row, from their products (which may lie where the outputs go).
+// Outputs [n, n + width) of a row, from their products.
 void finish(const Row& row, bool relu, const float* products, int64_t n, int64_t width) {
   const bool scales = row.scale != nullptr, shifts = row.shift != nullptr;
   int64_t j = 0;
-  for (; j + LANES <= width; j += LANES) {
+  while (j + LANES <= width) {
     const Vec scale = scales ? load(row.scale + n + j) : Vec{};
     const Vec shift = shifts ? load(row.shift + n + j) : Vec{};
     const Vec before = row.add ? load(row.out + n + j) : Vec{};
     store(row.out + n + j, finished<Vec>(load(products + j), scale, shift, before, relu, scales,
                                          shifts, row.add));
+    j += LANES;
+    if (j < width && j + LANES > width && !row.add) j = width - LANES;  // some are written twice
   }
   for (; j < width; ++j) {
     const float scale = scales ? row.scale[n + j] : 0, shift = shifts ? row.shift[n + j] : 0;
@@ -88,6 +90,14 @@ void finish(const Row& row, bool relu, const float* products, int64_t n, int64_t
 }
 
 int64_t blocks_along(int64_t K) { return (K + K_BLOCK - 1) / K_BLOCK; }
+
+// Part of a panel from its columns, which were copied, for in a matrix they may share few sets of
+// the L1 cache.
+void turn(const float (*columns)[LANES], int64_t depth, float* out) {
+  for (int64_t i = 0; i < depth; ++i) {
+    for (int64_t j = 0; j < PANEL; ++j) out[i * PANEL + j] = columns[j][i];
+  }
+}
 
 // Rows to multiply panels with, block by block of K: block c of row i at
 // packed + (c * count + i) * ROW_STRIDE.
@@ -102,11 +112,11 @@ void pack_rows(const Row* rows, int64_t count, int64_t K, int64_t step, float* p
 
 // out [strip, PANEL]: rows [i, i + strip) of `count` packed ones times one panel.
 void strip_times_panel(const float* packed, int64_t count, int64_t i, int64_t strip,
-                       const float* panel, int64_t K, float* out) {
+                       const float* panel, int64_t K, const float* next, float* out) {
   packed += i * ROW_STRIDE;
-  for (int64_t k = 0; k < K; k += K_BLOCK, packed += count * ROW_STRIDE) {
+  for (int64_t k = 0; k < K; k += K_BLOCK, packed += count * ROW_STRIDE, next += 16 * K_BLOCK) {
     const int64_t depth = K - k < K_BLOCK ? K - k : K_BLOCK;
-    tile_of<false>(strip, packed, panel + k * PANEL, depth, k > 0, out);
+    tile_of<false>(strip, packed, panel + k * PANEL, depth, k > 0, next, out);
   }
 }
 
@@ -123,7 +133,8 @@ void multiply(const RowsJob& job, const Row* rows, int64_t count, const float* p
         __builtin_prefetch(rows[k].out + n, 1);
         __builtin_prefetch(rows[k].out + n + width - 1, 1);
       }
-      strip_times_panel(packed, count, i, strip, panels + n * job.K, job.K, sums);
+      const float* panel = panels + n * job.K;
+      strip_times_panel(packed, count, i, strip, panel, job.K, panel, sums);
       for (int64_t k = 0; k < strip; ++k) finish(rows[i + k], job.relu, sums + k * PANEL, n, width);
     }
   }
@@ -145,16 +156,13 @@ void pack_panel(const float* matrix, int64_t stride_n, int64_t stride_k, int64_t
     }
     return;
   }
-  for (int64_t k = 0; k < K; k += LANES) {  // transposed by squares that stay in the L1 cache,
+  for (int64_t k = 0; k < K; k += LANES) {
     const int64_t depth = K - k < LANES ? K - k : LANES;
-    alignas(64) float square[PANEL][LANES] = {};  // copied, for rows may share its sets
+    alignas(64) float square[PANEL][LANES] = {};
     for (int64_t j = 0; j < width; ++j) {
       memcpy(square[j], matrix + j * stride_n + k, size_t(depth) * sizeof(float));
     }
-    for (int64_t i = 0; i < depth; ++i) {
-      float* to = out + (k + i) * PANEL;
-      for (int64_t j = 0; j < PANEL; ++j) to[j] = square[j][i];
-    }
+    turn(square, depth, out + k * PANEL);
   }
 }
 
@@ -176,9 +184,18 @@ void rows_task(const RowsJob& job, const float* panels, int64_t first, int64_t l
   }
 }
 
-void scale_rows(const RowsJob& job, int64_t first, int64_t last, float* out) {
-  for (int64_t i = first; i < last; ++i) {
-    scaled(numbered(job, i), job.in.stride_f, 0, job.K, out + i * job.K);
+void pack_rows_panel(const RowsJob& job, int64_t p, float* out) {
+  Row rows[PANEL];
+  const int64_t first = p * PANEL, left = job.M * job.B - first;
+  const int64_t width = left < PANEL ? left : PANEL;
+  for (int64_t j = 0; j < width; ++j) rows[j] = numbered(job, first + j);
+  for (int64_t k = 0; k < job.K; k += LANES) {
+    const int64_t depth = job.K - k < LANES ? job.K - k : LANES;
+    alignas(64) float square[PANEL][LANES] = {};
+    for (int64_t j = 0; j < width; ++j) {
+      scaled(rows[j], job.in.stride_f, k, k + depth, square[j]);
+    }
+    turn(square, depth, out + k * PANEL);
   }
 }
 
@@ -189,14 +206,18 @@ void flipped_task(const RowsJob& job, const float* panels, const float* matrix, 
   Row lines[MOST] = {};
   const int64_t outputs = n_last - n, rows = job.M * job.B;
   for (int64_t j = 0; j < outputs; ++j) lines[j].in = matrix + (n + j) * stride_n;
-  pack_rows(lines, outputs, job.K, 1, scratch);
   for (int64_t row = 0; row < rows; row += PANEL) {
     const int64_t width = rows - row < PANEL ? rows - row : PANEL;
+    const float* panel = panels + row * job.K;
     for (int64_t j = 0; j < outputs; j += STRIP) {
       const int64_t strip = outputs - j < STRIP ? outputs - j : STRIP;
-      strip_times_panel(scratch, outputs, j, strip, panels + row * job.K, job.K, sums);
-      for (int64_t e = 0; e < width; ++e) {
-        for (int64_t k = 0; k < strip; ++k) out[e][j + k] = sums[k * PANEL + e];
+      float* packed = scratch + j * blocks_along(job.K) * ROW_STRIDE;
+      if (row == 0) pack_rows(lines + j, strip, job.K, 1, packed);
+      // the next strip of the matrix comes while this one is used for the first time
+      const float* next = row == 0 ? lines[j].in + strip * stride_n : panel;
+      strip_times_panel(packed, strip, 0, strip, panel, job.K, next, sums);
+      for (int64_t k = 0; k < strip; ++k) {
+        for (int64_t e = 0; e < PANEL; ++e) out[e][j + k] = sums[k * PANEL + e];
       }
     }
     for (int64_t e = 0; e < width; ++e) {

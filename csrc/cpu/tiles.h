@@ -42,10 +42,11 @@ inline __attribute__((always_inline)) float sum_of_lanes(const float* p) {
 }
 
 // out [ROWS, PANEL] = or += sum over k < K of a[row, k] * b[k, :]. Row i of `a` begins at
-// a + i * ROW_STRIDE; with BY_K, element (i, k) is a[k * STRIP + i].
+// a + i * ROW_STRIDE; with BY_K, element (i, k) is a[k * STRIP + i]. A cache line of what comes
+// `next` is fetched with each k.
 template <int ROWS, bool BY_K>
 __attribute__((noinline)) void tile(const float* a, const float* b, int64_t K, bool add,
-                                     float* out) {
+                                     const float* next, float* out) {
   Vec sum[ROWS][2];
   for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vec{};
   for (int64_t k = 0; k < K; ++k) {
@@ -58,6 +59,8 @@ __attribute__((noinline)) void tile(const float* a, const float* b, int64_t K, b
       sum[i][1] += right * x;
     }
     a += BY_K ? STRIP : 1;
+    __builtin_prefetch(next);
+    next += 16;
   }
   for (int i = 0; i < ROWS; ++i) {
     float* row = out + i * PANEL;
@@ -68,11 +71,12 @@ __attribute__((noinline)) void tile(const float* a, const float* b, int64_t K, b
 
 // The tile of `rows` <= STRIP rows.
 template <bool BY_K, int ROWS = STRIP>
-inline void tile_of(int64_t rows, const float* a, const float* b, int64_t K, bool add, float* out) {
+inline void tile_of(int64_t rows, const float* a, const float* b, int64_t K, bool add,
+                    const float* next, float* out) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return tile_of<BY_K, ROWS - 1>(rows, a, b, K, add, out);
+    if (rows < ROWS) return tile_of<BY_K, ROWS - 1>(rows, a, b, K, add, next, out);
   }
-  tile<ROWS, BY_K>(a, b, K, add, out);
+  tile<ROWS, BY_K>(a, b, K, add, next, out);
 }
 
 // width <= PANEL elements into a row of a panel, zeros behind them.

@@ -21,7 +21,7 @@ def cpu_plan(x: Tensor, weight: Tensor, r: Tensor | None, sizes: tuple, needs: N
     members, batch_major = sizes
     B = examples(x, batch_major)
     if x.ndim == 2 and r is None and members > 1:
-        return composed_plan(x, B, x.shape[-1], needs)  # one product serves all members
+        return composed_plan(x, B, x.shape[-1], needs, False)  # one product serves all members
     return CPP
 
 
