@@ -107,9 +107,9 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
         if need_r or need_s:
             h = g * w
             if need_r:
-                dr.append(_weighted_sum(h, s_column, 1))
+                dr.append(_weighted_sum(h, s_column, 1, x.dtype != wide))
             if need_s:
-                ds.append(_weighted_sum(h, r_row, 2))
+                ds.append(_weighted_sum(h, r_row, 2, x.dtype != wide))
         if need_weight:
             g = g if r is None else g * r_row
             if s is not None and g.shape[0] == 1:
@@ -132,11 +132,11 @@ def wide_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_maj
     return *[None if g is None else g.to(t.dtype) for g, t in pairs], dbias
 
 
-def _weighted_sum(h: Tensor, by: Tensor | None, dim: int) -> Tensor:
+def _weighted_sum(h: Tensor, by: Tensor | None, dim: int, exact: bool) -> Tensor:
     """(h * by).sum(dim) for h [M, O, I]; by is [M, O, 1] for dim 1 and [M, 1, I] for dim 2."""
     if by is None:
         return h.sum(dim)
-    if h.is_cuda:  # a product might round h to tf32
+    if h.is_cuda or exact:  # a product might round h to tf32, or add thousands of terms in a row
         return (h * by).sum(dim)
     found = by.transpose(1, 2) @ h if dim == 1 else h @ by.transpose(1, 2)
     return found.squeeze(dim)
