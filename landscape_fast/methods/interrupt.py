@@ -18,6 +18,10 @@ class TrainingInterrupted(KeyboardInterrupt):
         saved = f"saved {checkpoint}" if checkpoint else "nothing was saved"
         super().__init__(f"{label} stopped in epoch {epoch} after step {step}; {saved}")
         self.checkpoint = checkpoint
+        self._arguments = (label, epoch, step, checkpoint)
+
+    def __reduce__(self):  # an executor sends it from the process where training was stopped
+        return type(self), self._arguments
 
 
 @contextmanager

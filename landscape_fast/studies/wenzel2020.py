@@ -20,7 +20,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -77,7 +76,7 @@ class Settings:
         workers: processes; None for one per CPU.
     """
 
-    folds: int = 5
+    folds: int = 10
     rows: int | None = None
     width: int = 128
     members: int = 4
@@ -98,7 +97,7 @@ SIZES = {
         folds=2, rows=300, width=16, members=2, trials=3, draws=1, training=TINY_TRAINING, workers=1
     ),
     "small": SMALL,
-    "full": replace(SMALL, folds=10, trials=50, training=replace(SMALL.training, epochs=40)),
+    "full": replace(SMALL, trials=50, training=replace(SMALL.training, epochs=40)),
 }
 SPACE = {
     "weight_decay": LogUniform(1e-6, 1e-2),
@@ -142,17 +141,18 @@ def run(size: str = "small", out: Path | None = None, seed: int = 0) -> dict[str
     workers = settings.workers or len(os.sched_getaffinity(0))
     # a child that is forked from a process with threads may hang, so it is spawned
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+    runs, trials, lines = [], [], []
     try:
-        with tempfile.TemporaryDirectory() as temporary, pool or nullcontext():
-            runs, trials, lines = [], [], []
-            for fold in range(settings.folds):
-                folder = Path(temporary) / str(fold)
-                found, searched, said = _one_fold(settings, seed, fold, folder, pool)
-                runs, trials, lines = runs + found, trials + searched, lines or said
-    except BaseException:
+        for fold in range(settings.folds):
+            with tempfile.TemporaryDirectory() as folder:
+                parts = _one_fold(settings, seed, fold, Path(folder), pool)
+            runs, trials, lines = runs + parts[0], trials + parts[1], lines or parts[2]
+    except KeyboardInterrupt:
+        where = f"fold {fold + 1} of {settings.folds}"
+        raise KeyboardInterrupt(f"wenzel2020 stopped in {where}; nothing was saved") from None
+    finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-        raise
     rows = summarise(runs)
     document = {
         "study": "wenzel2020",

@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from methods.problem import CONFIG, rows
 from torch import nn
 
 from landscape_fast.methods import (
+    TrainingInterrupted,
     fit,
     load_network,
     predict,
@@ -214,6 +216,12 @@ def test_ctrl_c_stops_threads_too(tmp_path, monkeypatch, moment):
     with Pool(2) as executor, pytest.raises(SearchInterrupted, match="after 0 of 4"):
         search(config, executor=executor, directory=tmp_path)
     presser.join()
+
+
+def test_an_interruption_can_be_sent_from_another_process(tmp_path):
+    stop = TrainingInterrupted("member 1", 2, 3, tmp_path)
+    again = pickle.loads(pickle.dumps(stop))
+    assert (str(again), again.checkpoint) == (str(stop), tmp_path)
 
 
 def test_files_of_another_search_are_refused(tmp_path):

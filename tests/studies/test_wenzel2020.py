@@ -27,11 +27,11 @@ def made(tmp_path_factory):
 
 def test_folds_are_dealt_class_by_class_and_cover_all_rows():
     settings, seen, labels = SIZES["small"], [], []
-    for fold in range(5):
+    for fold in range(10):
         data = make_folds(settings, 0, fold)
         assert len(data.train_y) + len(data.test_y) == 1797
         counts = torch.bincount(data.test_y)
-        assert counts.max() - counts.min() <= 3 and abs(len(data.test_y) - 1797 / 5) < 1
+        assert counts.max() - counts.min() <= 3 and abs(len(data.test_y) - 1797 / 10) < 1
         assert abs(float(data.train_x.mean())) < 1e-5 and abs(float(data.train_x.std()) - 1) < 1e-3
         both = torch.cat([data.train_y, data.test_y])
         assert torch.equal(both.bincount(), torch.bincount(both)) and len(both) == 1797
@@ -131,6 +131,16 @@ def test_the_same_seed_gives_the_same_numbers(made):
     again = run("tiny", seed=2)
     assert settled(again["runs"]) == settled(made[1]["runs"])
     assert settled(again["trials"]) == settled(made[1]["trials"])
+
+
+def test_ctrl_c_says_that_nothing_was_saved(tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wenzel2020, "train_batch_ensemble", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped in fold 1 of 2; nothing was saved"):
+        run("tiny", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_size_is_refused():
