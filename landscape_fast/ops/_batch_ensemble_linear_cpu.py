@@ -15,14 +15,63 @@ from landscape_fast.ops._library import define
 CPP = Plan("cpp", "cpp")
 FEW = 256  # rows up to which it is quicker to turn x than the weight
 
+# (M, B, I, O): how many times longer the composition takes, in the forward alone and with the
+# backward; batch_major, all gradients, one thread (by its CPU time) of an AMD EPYC with AVX-512.
+MEASURED = {
+    (32, 1, 512, 512): (1.10, 0.25),
+    (32, 4, 512, 512): (1.02, 0.52),
+    (32, 16, 512, 512): (1.09, 0.71),
+    (32, 64, 512, 512): (1.21, 1.12),
+    (32, 1, 64, 512): (0.92, 0.57),
+    (32, 4, 64, 512): (1.01, 0.69),
+    (32, 16, 64, 512): (1.21, 1.04),
+    (32, 64, 64, 512): (1.50, 1.92),
+    (32, 256, 64, 512): (1.74, 1.58),
+    (32, 1, 8, 512): (0.79, 0.58),
+    (32, 16, 8, 512): (1.04, 1.79),
+    (32, 256, 8, 512): (2.01, 2.60),
+    (32, 16, 512, 1): (0.44, 1.02),
+    (32, 256, 512, 1): (0.84, 0.76),
+    (4, 4, 512, 512): (0.68, 0.42),
+    (4, 16, 512, 512): (1.02, 0.66),
+    (4, 64, 512, 512): (0.94, 0.88),
+    (4, 256, 512, 512): (1.05, 1.14),
+    (4, 16, 128, 128): (0.88, 0.91),
+    (4, 256, 128, 128): (1.06, 1.27),
+    (16, 16, 128, 128): (0.84, 0.92),
+    (16, 64, 128, 128): (1.03, 1.63),
+    (16, 256, 128, 128): (1.17, 1.47),
+    (32, 16, 128, 128): (1.05, 0.95),
+    (32, 64, 128, 128): (1.12, 1.61),
+    (32, 256, 128, 128): (1.32, 1.45),
+    (4, 4, 1024, 1024): (0.81, 0.29),
+    (4, 16, 1024, 1024): (1.30, 0.47),
+    (4, 64, 1024, 1024): (1.09, 0.78),
+    (2, 16, 256, 10): (0.91, 1.02),
+    (2, 256, 256, 10): (1.03, 1.28),
+}
+# What follows from it. Below these sizes the cost of a call, of packing, or (with few examples per
+# member) of using each tile of G, is more than what is saved.
+LEAST_OUTPUTS = 8
+MANY_ROWS = 512
+FEW_ROWS, LARGE_WEIGHT = (32, 128), 512 * 512  # fewer rows, from and to, if the weight is large
+LEAST_EXAMPLES = 64  # for the backward
+
 
 def cpu_plan(x: Tensor, weight: Tensor, r: Tensor | None, sizes: tuple, needs: Needs) -> Plan:
-    """The kernels, but for what they would compute again; sizes: (M, batch_major)."""
-    members, batch_major = sizes
+    """What is expected to be quicker; sizes: (M, batch_major)."""
+    (O, I), (members, batch_major) = weight.shape, sizes
     B = examples(x, batch_major)
-    if x.ndim == 2 and r is None and members > 1:
-        return composed_plan(x, B, x.shape[-1], needs, False)  # one product serves all members
-    return CPP
+    composed = composed_plan(x, B, I, needs, False)
+    if x.ndim == 2 and r is None:
+        return composed  # one product serves all members
+    rows, (least, most) = members * B, FEW_ROWS
+    large = least <= rows <= most and I * O >= LARGE_WEIGHT
+    if O < LEAST_OUTPUTS or not (rows >= MANY_ROWS or large):
+        return composed
+    if not any(needs):
+        return Plan("cpp", "none")
+    return CPP if rows >= MANY_ROWS and B >= LEAST_EXAMPLES else composed
 
 
 def _rows(t: Tensor | None, batch_major: bool) -> tuple[int, int, int, int]:

@@ -226,9 +226,36 @@ def test_keeps_x_alone(layout):
     assert saved_bytes(layer, x.requires_grad_()) == x.nbytes
 
 
+ALL = cpu.Needs(True, True, True, True, True)
+
+
+def plan(M, B, I, O, needs, r=True, shared=False):
+    x = torch.empty((B, I) if shared else (M, B, I), device="meta")
+    weight = torch.empty(O, I, device="meta")
+    return cpu.cpu_plan(x, weight, weight[:M] if r else None, (M, False), needs)
+
+
+@pytest.mark.parametrize("sizes", cpu.MEASURED, ids=str)
+def test_kernels_run_where_they_were_measured_quicker(sizes):
+    forward, both = cpu.MEASURED[sizes]
+    assert plan(*sizes, cpu.Needs()).forward == "composed" or forward >= 1
+    assert plan(*sizes, ALL).backward != "cpp" or both >= 1
+    if min(forward, both) >= 1.1:
+        assert plan(*sizes, cpu.Needs()).forward == "cpp" and plan(*sizes, ALL) == cpu.CPP
+
+
 def test_one_product_where_all_members_have_the_same_rows():
     """Without r, a shared x has one product for all members: the library's does it once."""
-    x, weight, _, s, bias = inputs(4, 16, 32, 32, "shared")
-    needs = cpu.Needs(weight=True)
-    assert cpu.cpu_plan(x, weight, None, (4, False), needs).forward == "composed"
-    assert cpu.cpu_plan(x, weight, bias, (4, False), needs) == cpu.CPP
+    sizes = (4, 256, 512, 512)
+    assert plan(*sizes, ALL, r=False, shared=True).forward == "composed"
+    assert plan(*sizes, ALL, r=False) == plan(*sizes, ALL, shared=True) == cpu.CPP
+
+
+def test_a_forced_backend_is_not_overruled():
+    """A kernel asked for runs at every size, not only where it is the quicker one."""
+    x, *others = inputs(2, 3, 4, 5)
+    name = "batch_ensemble_linear_cpu"
+    for backend, expected in (("cpp", True), ("auto", False)):
+        with torch.profiler.profile() as profile:
+            batch_ensemble_linear(x, *others, backend=backend)
+        assert any(name in event.key for event in profile.key_averages()) == expected
