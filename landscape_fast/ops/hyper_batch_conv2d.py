@@ -112,7 +112,8 @@ def hyper_batch_conv2d(
     name, obstacle = pick(OP, backend, t.x), fusable(conv)
     if backend == "triton" and obstacle:
         argument, _, rule = obstacle.partition(" must be ")
-        raise ValueError(message(OP, argument, f"{rule} with backend 'triton'", locals()[argument]))
+        got = groups if argument == "groups" else repr(padding_mode)
+        raise ValueError(message(OP, argument, f"{rule} with backend 'triton'", got))
     if transforming() or t.x.numel() == 0:
         y = definition(t, conv)
     else:

@@ -1,0 +1,193 @@
+"""The hyper-batch kernels in every way they are launched, in tiles small enough for many; plans."""
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from landscape_fast.kernels import hyper_batch_linear as forward
+from landscape_fast.kernels import hyper_batch_linear_backward as backward
+from landscape_fast.kernels import hyper_batch_linear_tiles as tiles
+from landscape_fast.kernels._launch import Config
+from landscape_fast.ops import _hyper_batch_conv2d_fused as conv_plan
+from landscape_fast.ops import hyper_batch_linear, hyper_batch_linear_reference
+from landscape_fast.ops._batch_ensemble_conv2d_plan import Problem as ConvProblem
+from landscape_fast.ops._hyper_batch_linear_plan import Plan, Problem, choose
+from landscape_fast.ops._hyper_batch_linear_ways import backward_op, forward_op
+from landscape_fast.testing import check_op, check_registered
+
+PAGE = sys.modules[hyper_batch_linear.__module__]
+MODES = ["pointers", "folded rows", "descriptors"]
+TIED = (6, 7)
+
+
+def small(tma=False, folded=None, block=16):
+    """A configuration with the smallest tiles."""
+    blocks = {f"BLOCK_{letter}": block for letter in "BIO"} | {"GROUP": 2}
+    blocks |= {} if folded is None else {"FOLDED": folded}
+    return Config(blocks, num_warps=4, num_stages=2, tma=tma)
+
+
+def inputs(M, B, I, O, layout="member_major", device="cpu"):
+    rows = (B, M) if layout == "batch_major" else (M, B)
+    own = (B,) if layout == "shared" else rows
+    shapes = [(*own, I), (O, I), (O, I), (*rows, O), (M, I), (M, O), (M, I), (M, O)]
+    shapes += [(M, O), (M, O), (*rows, O)]
+    return [torch.randn(shape).to(device) for shape in shapes]
+
+
+@pytest.fixture
+def mode(request, monkeypatch):
+    """Makes `backend="triton"` take small tiles in one of `MODES`; checks that it did."""
+    name = request.param
+    tma, launched = name == "descriptors", []
+
+    def buckets(arch, stage, kind, with_descriptors):
+        assert with_descriptors or not tma, "these inputs allow descriptors"
+        launched.append(stage)
+        return ((1.0, small(tma, name == "folded rows" if stage == "fwd" else None)),)
+
+    monkeypatch.setattr(tiles, "buckets", buckets)
+    if tma and not torch.cuda.is_available():
+        for module in (forward, backward):
+            monkeypatch.setattr(module, "arch", lambda tensor: 90)
+    caches = (tiles.forward_config, tiles.input_config)
+    for cache in caches:
+        cache.cache_clear()
+    yield name
+    for cache in caches:
+        cache.cache_clear()
+    assert set(launched) >= {"fwd"}
+
+
+@pytest.mark.parametrize("mode", MODES, indirect=True)
+@pytest.mark.parametrize("layout", ["member_major", "batch_major", "shared"])
+def test_every_mode_agrees_with_the_definition(mode, layout, device):
+    arguments = inputs(2, 19, 24, 40, layout, device)
+    if layout == "batch_major":
+        arguments = [None if i in TIED else t for i, t in enumerate(arguments)]
+    layout = "member_major" if layout == "shared" else layout
+    options = {"layout": layout, "backend": "triton"}
+    check_op(hyper_batch_linear, hyper_batch_linear_reference, arguments, **options)
+
+
+@pytest.mark.parametrize("mode", MODES, indirect=True)
+def test_every_mode_in_half_precision(mode, device):
+    options = {"dtype": torch.float16, "backend": "triton"}
+    arguments = inputs(2, 19, 24, 40, device=device)
+    check_op(hyper_batch_linear, hyper_batch_linear_reference, arguments, **options)
+
+
+@pytest.mark.parametrize("plan", [("fused", "composed"), ("composed", "fused")], ids=str)
+@pytest.mark.parametrize("tie", [False, True])
+def test_each_direction_may_go_its_own_way(plan, tie, monkeypatch, device):
+    monkeypatch.setattr(PAGE, "FUSED", Plan(*plan))
+    arguments = inputs(2, 7, 5, 4, device=device)
+    arguments = [None if tie and i in TIED else t for i, t in enumerate(arguments)]
+    check_op(hyper_batch_linear, hyper_batch_linear_reference, arguments, backend="triton")
+
+
+def test_same_bits_every_time(device):
+    arguments = [t.requires_grad_() for t in inputs(2, 19, 24, 18, "shared", device)]
+    dy = torch.randn(2, 19, 18, device=device)
+
+    def run():
+        y = hyper_batch_linear(*arguments, backend="triton")
+        return [y, *torch.autograd.grad(y, arguments, dy)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_the_same_in_64_bit_offsets(device):
+    x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias = inputs(2, 17, 5, 18, device=device)
+    found = []
+    for long in (False, True):
+        ys = []
+        for folded in (False, True):
+            y, z = x.new_empty(2, 17, 18), x.new_empty(2, 17, 18)
+            factors = (r, s, u, v, bias, delta_bias, e_bias)
+            options = {"config": small(folded=folded), "long": long}
+            arguments = (x, weight, delta, e, *factors, y, z)
+            forward.hyper_batch_linear_fwd(*arguments, False, **options)
+            ys += [y, z]
+        outputs = [t.new_empty(t.shape) for t in (x, r, u)]
+        tensors = (ys[0], x, weight, delta, e, r, s, u, v, *outputs)
+        backward.hyper_batch_linear_bwd_x(*tensors, False, config=small(), long=long)
+        found.append(ys + outputs)
+    for a, b in zip(*found, strict=True):
+        assert not a.isnan().any() and torch.equal(a, b)
+
+
+def test_launches_only_what_is_wanted(monkeypatch, device):
+    """One product for each weight whose gradients are wanted; none for a gradient of e alone."""
+    launched = []
+    for name in ("hyper_batch_linear_bwd_x", "batch_ensemble_linear_bwd"):
+        original = getattr(backward, name)
+
+        def spy(*arguments, name=name, original=original):
+            launched.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(backward, name, spy)
+    x_kernel, weight_kernel = "hyper_batch_linear_bwd_x", "batch_ensemble_linear_bwd"
+    for wanted, names in (
+        ("x", [x_kernel]),
+        ("x r u", [x_kernel]),
+        ("r", [weight_kernel]),
+        ("weight s", [weight_kernel]),
+        ("weight delta", [weight_kernel] * 2),
+        ("x weight delta r s u v bias", [x_kernel, weight_kernel, weight_kernel]),
+        ("e e_bias delta_bias", []),
+    ):
+        launched.clear()
+        fields = dict(zip(PAGE.Inputs._fields, inputs(2, 5, 4, 3, device=device), strict=True))
+        for name in wanted.split():
+            fields[name].requires_grad_()
+        hyper_batch_linear(**fields, backend="triton").sum().backward()
+        assert launched == names, wanted
+
+
+@pytest.mark.parametrize("layout", ["member_major", "batch_major", "shared"])
+def test_registered_ops(layout, device):
+    M, B = 2, 5
+    tensors = inputs(M, B, 4, 3, layout, device)
+    batch_major = layout == "batch_major"
+    check_registered(forward_op, (*tensors, M, batch_major, True))
+    bare = [t if i < 4 else None for i, t in enumerate(tensors)]
+    check_registered(forward_op, (*bare, M, batch_major, False))
+    dy = torch.randn((B, M, 3) if batch_major else (M, B, 3), device=device)
+    needs = [True] * 3 + [False] + [True] * 5 + [False] * 2
+    check_registered(backward_op, (dy, *tensors[:9], needs, batch_major))
+
+
+def test_every_shape_finds_a_configuration():
+    for arch in (80, 90, 100):
+        for kind in ("half", "tf32", "ieee"):
+            for tma in (False, True) if arch > 80 else (False,):
+                for M, B, O in ((1, 1, 1), (4, 32, 4096), (4, 512, 1024), (64, 4096, 4096)):
+                    tiles.forward_config(kind, tma, arch, 132, M, B, O)
+                    for stage in ("x", "x tied"):
+                        tiles.input_config(stage, kind, tma, arch, 132, M, B, O)
+    few = tiles.forward_config("half", True, 90, 132, 16, 1, 4096)
+    assert few.tiles["FOLDED"]  # the rows of all members share the tiles of the weights
+
+
+def test_plan_fuses_where_memory_sets_the_time():
+    """Small layers; a large GEMM goes to the library."""
+    assert choose(Problem(4, 128, 640, 640)) == ("fused", "fused")
+    assert choose(Problem(4, 512, 512, 512)).forward == "fused"
+    assert choose(Problem(8, 4096, 8192, 8192)).forward == "composed"
+    # rows that allow no 16-byte loads are slow in a kernel, not in the library
+    assert choose(Problem(4, 512, 1023, 1023, aligned=False)).forward == "composed"
+    # float32 gradients of 16-bit inputs: the library would have to widen its factors
+    assert choose(Problem(4, 512, 2048, 2048, exact=True)).backward == "fused"
+
+
+def test_plan_of_convolutions():
+    """Channels that no tensor core fills go to the kernel, which reads images once."""
+    narrow = ConvProblem(4, 128, 16, 16, 9, 1024, 1024)
+    wide = narrow._replace(I=640, O=640, inputs=64, outputs=64)
+    assert conv_plan.choose(narrow).forward == "fused"
+    assert conv_plan.choose(wide) == ("composed", "composed")
