@@ -6,6 +6,7 @@ ensemble is better on rows held out.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from landscape_fast.landscape.diversity import diagnose
 from landscape_fast.methods.checkpoint import describe_rows
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import Trained, build_member
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import Validation, hold_out
-from landscape_fast.methods.trainer import Run, gibbs_cross_entropy
+from landscape_fast.methods.trainer import Run, gibbs_cross_entropy, predict
 from landscape_fast.nn.hyper_batch import HyperBatchNetwork, LambdaDistribution
 from landscape_fast.ops._checks import require
 
@@ -153,6 +155,7 @@ def train_hyper_batch(
     resume: bool = False,
     progress: bool = True,
     on_step: Callable[[int], None] | None = None,
+    report: bool = True,
 ) -> Trained:
     r"""Trains one hyper-batch ensemble and the distributions of its penalties.
 
@@ -183,12 +186,15 @@ def train_hyper_batch(
         resume: continue from the checkpoint found there.
         progress: show progress.
         on_step: called after every training step with the number of steps done.
+        report: measure on the rows held out how the members differ, and print it on the standard
+            error stream.
 
     Returns:
-        `Trained`, its model a `HyperBatchEnsemble`. The history has, beside what that of `fit` has
-        (where the loss is the cross-entropy alone): penalty (:math:`R / N`, mean over steps),
-        tuning_loss (nats, without the entropy; nan in an epoch without a tuning step), entropy
-        (nats) and lambdas, the means over members of the distributions' means, by name.
+        `Trained`, its model a `HyperBatchEnsemble`, with the report as `diversity`. The history
+        has, beside what that of `fit` has (where the loss is the cross-entropy alone): penalty
+        (:math:`R / N`, mean over steps), tuning_loss (nats, without the entropy; nan in an epoch
+        without a tuning step), entropy (nats) and lambdas, the means over members of the
+        distributions' means, by name.
 
     Raises:
         TrainingInterrupted, ValueError, Diverged: see `landscape_fast.methods.fit`.
@@ -220,7 +226,13 @@ def train_hyper_batch(
     )
     run.prepare(distribution, tuning, held_x.to(where), held_y.to(where))
     history = run.execute(resume, progress)
-    return Trained(HyperBatchEnsemble(network, distribution).eval(), [history])
+    model, diversity = HyperBatchEnsemble(network, distribution).eval(), None
+    if report and network.members > 1:
+        logits = predict(model, held_x, batch_size=config.batch_size)
+        diversity = diagnose(logits, held_y.to(logits.device))
+        print(f"{run.label}, on {len(held_y):,} rows held out:", file=sys.stderr)
+        print(*(f"- {line}" for line in diversity.lines), sep="\n", file=sys.stderr)
+    return Trained(model, [history], diversity)
 
 
 class _HyperRun(Run):

@@ -224,6 +224,7 @@ def _train(kind: str, settings: Settings, seed: int, fold: int) -> dict[str, dic
             return {"batch": _answer(trained, dataset)}
         build = partial(hyper_batch, *sizes, settings.penalties)
         options = {"validation": held, "tuning": settings.tuning, "progress": False}
+        options["report"] = False
         trained = train_hyper_batch(build, *rows, fast, **options)
         drawn = Trained(trained.model.with_samples(settings.draws), trained.histories)
         name = f"hyper-batch, {settings.draws} draws"

@@ -11,6 +11,7 @@ import torch
 from methods.problem import CONFIG, rows
 from torch import nn
 
+from landscape_fast.landscape.diversity import diagnose
 from landscape_fast.methods import (
     HyperBatchEnsemble,
     TrainConfig,
@@ -274,6 +275,18 @@ def test_predictions_at_the_means_and_at_samples():
     other = predict(model.with_samples(3, seed=5), x)
     assert not torch.equal(other[MEMBERS:], found[MEMBERS:])
     assert more.network is model.network  # nothing is copied
+
+
+def test_how_the_members_differ_is_measured_on_the_rows_held_out(capsys):
+    trained = train()
+    _, _, held_x, held_y = hold_out("", *rows(), 0.2, CONFIG.seed)
+    assert trained.diversity == diagnose(predict(trained.model, held_x), held_y)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "hyper-batch ensemble of 2, on 9 rows held out:"
+    assert lines[1:] == [f"- {line}" for line in trained.diversity.lines]
+    assert train(report=False).diversity is None
+    assert train(network=partial(build, members=1)).diversity is None
+    assert capsys.readouterr().err == ""
 
 
 def test_the_state_of_a_trained_ensemble_can_be_saved():
