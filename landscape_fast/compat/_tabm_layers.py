@@ -206,10 +206,10 @@ class LinearBatchEnsemble(BatchEnsembleLinear):
 def with_activation(layer, x: Tensor, activation: str | None = None) -> Tensor:
     """The forward of `LinearBatchEnsemble`, also for layers of `tabm` itself."""
     weight, r = layer.weight, layer.r
-    fits = x.ndim in (2, 3) and x.shape[-1] == weight.shape[1]
-    rule = f"[B, k, I] with k = {len(r)}, I = {weight.shape[1]}"
-    require(fits, "LinearBatchEnsemble", "x", rule, list(x.shape))
-    if x.ndim == 3 and _one_for_all(x, len(r)):
+    if x.ndim not in (2, 3) or x.shape[-1] != weight.shape[1]:
+        rule = f"[B, k, I] with k = {len(r)}, I = {weight.shape[1]}"
+        require(False, "LinearBatchEnsemble", "x", rule, list(x.shape))
+    if x.ndim == 3 and _one_for_all(x, r.shape[0]):
         x = x[:, 0]
     x = _as_computed(x, weight)
     options = {"layout": "batch_major", "activation": activation}
@@ -218,9 +218,9 @@ def with_activation(layer, x: Tensor, activation: str | None = None) -> Tensor:
 
 def linear_ensemble(x, weight, bias) -> Tensor:
     """The forward of `LinearEnsemble`, also for layers of `tabm` itself."""
-    k, I = weight.shape[:2]
-    fits = x.ndim == 3 and x.shape[1:] == (k, I)
-    require(fits, "LinearEnsemble", "x", f"[B, k, I] with k = {k}, I = {I}", list(x.shape))
+    if x.ndim != 3 or x.shape[1:] != weight.shape[:2]:
+        rule = f"[B, k, I] with k = {weight.shape[0]}, I = {weight.shape[1]}"
+        require(False, "LinearEnsemble", "x", rule, list(x.shape))
     return member_linear(_as_computed(x, weight), weight, bias, layout="batch_major")
 
 
@@ -234,6 +234,8 @@ def _one_for_all(x: Tensor, k: int) -> bool:
 
 def _as_computed(x: Tensor, weight: Tensor) -> Tensor:
     """x in the type that plain PyTorch would compute in: one-hot columns alone are integers."""
+    if x.dtype == weight.dtype:
+        return x
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x if x.is_floating_point() else x.to(weight.dtype)

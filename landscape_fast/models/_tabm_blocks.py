@@ -150,7 +150,10 @@ def _is_plain_layer(layer: BatchEnsembleLinear) -> bool:
 
 
 def _hooked(*modules: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    patched = any("forward" in m.__dict__ for m in modules)
-    hooked = any(getattr(m, name) for m in modules for name in names)
-    return patched or hooked or _has_any_global_hook()
+    """Whether something would notice that one of the modules is not called as it stands."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if "forward" in m.__dict__:
+            return True
+    return _has_any_global_hook()

@@ -52,7 +52,8 @@ def member_linear(
             raise TypeError(message(op, name, "a Tensor", type(given).__name__))
     x, weight, bias = autocast(x, weight, bias)
     require(layout in LAYOUTS, op, "layout", f"one of {LAYOUTS}", repr(layout))
-    require(x.dtype in FLOATS, op, "x", f"one of {names(FLOATS)}", x.dtype)
+    if x.dtype not in FLOATS:
+        require(False, op, "x", f"one of {names(FLOATS)}", x.dtype)
     like = {"like": x, "like_name": "x"}
     check_tensor(op, "weight", weight, "M, I, O", (None, x.shape[-1], None), **like)
     (M, I, O), batch_major = weight.shape, layout == "batch_major"
