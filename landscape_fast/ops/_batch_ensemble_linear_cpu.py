@@ -7,12 +7,14 @@ G_m = dy_m^T x_m that are used while they are in the cache.
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from landscape_fast import _extension
 from landscape_fast.ops._batch_ensemble_linear_plan import Needs, Plan, composed_plan, examples
 from landscape_fast.ops._library import define
 
 CPP = Plan("cpp", "cpp")
+FORWARD = Plan("cpp", "none")
 FEW = 256  # rows up to which it is quicker to turn x than the weight
 
 # (M, B, I, O): how many times longer the composition takes, in the forward alone and with the
@@ -62,16 +64,17 @@ def cpu_plan(x: Tensor, weight: Tensor, r: Tensor | None, sizes: tuple, needs: N
     """What is expected to be quicker; sizes: (M, batch_major)."""
     (O, I), (members, batch_major) = weight.shape, sizes
     B = examples(x, batch_major)
-    composed = composed_plan(x, B, I, needs, False)
-    if x.ndim == 2 and r is None:
-        return composed  # one product serves all members
     rows, (least, most) = members * B, FEW_ROWS
-    large = least <= rows <= most and I * O >= LARGE_WEIGHT
-    if O < LEAST_OUTPUTS or not (rows >= MANY_ROWS or large):
-        return composed
-    if not any(needs):
-        return Plan("cpp", "none")
-    return CPP if rows >= MANY_ROWS and B >= LEAST_EXAMPLES else composed
+    quicker = O >= LEAST_OUTPUTS and (
+        rows >= MANY_ROWS or (least <= rows <= most and I * O >= LARGE_WEIGHT)
+    )
+    if x.ndim == 2 and r is None:
+        quicker = False  # one product serves all members
+    if quicker and not any(needs):
+        return FORWARD
+    if quicker and rows >= MANY_ROWS and B >= LEAST_EXAMPLES:
+        return CPP
+    return composed_plan(x, B, I, needs, False)
 
 
 def _rows(t: Tensor | None, batch_major: bool) -> tuple[int, int, int, int]:
@@ -143,6 +146,23 @@ def _backward_fake(dy, y, x, weight, r, s, needs, bias_shared, batch_major):
     return tuple(
         x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)
     )
+
+
+def cpu_forward(x, weight, r, s, bias, members, batch_major, relu):
+    """The registered op, or what it runs: the dispatcher's few microseconds count on few rows."""
+    given = (x, weight, r, s, bias)
+    run = _forward if all(type(t) in _PLAIN for t in given) and not _watched() else cpu_forward_op
+    return run(*given, members, batch_major, relu)
+
+
+def _watched() -> bool:
+    """Whether somebody records or replaces what the dispatcher sees."""
+    return torch.compiler.is_compiling() or _modes() > 0 or torch.jit.is_tracing() or _profiling()
+
+
+_PLAIN = (Tensor, Parameter, type(None))
+_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch.autograd._profiler_enabled
 
 
 cpu_forward_op = define(

@@ -8,7 +8,7 @@ from landscape_fast.ops._batch_ensemble_linear_checks import OP, check, check_ty
 from landscape_fast.ops._batch_ensemble_linear_cpu import (
     CPP,
     cpu_backward_op,
-    cpu_forward_op,
+    cpu_forward,
     cpu_plan,
 )
 from landscape_fast.ops._batch_ensemble_linear_index import indexed, indexed_reference
@@ -190,7 +190,7 @@ def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
 def _forward(x, weight, r, s, bias, members, batch_major, relu, way):
     """(y, z or None)"""
     if way == "cpp":
-        return cpu_forward_op(x, weight, r, s, bias, members, batch_major, relu), None
+        return cpu_forward(x, weight, r, s, bias, members, batch_major, relu), None
     if way == "fused":
         return forward_op(x, weight, r, s, bias, members, batch_major, relu), None
     return composed(x, *rounded(x.dtype, weight, r, s, bias), members, batch_major, relu)
