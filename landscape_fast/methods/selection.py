@@ -167,29 +167,37 @@ class _Pool:
         self.kind = kind
         self.predictions, self.targets = predictions.detach(), targets
         self.members, self.rows, self.width = predictions.shape
-        self.device = predictions.device
+        self.device, self.whole = predictions.device, None
 
     def check_values(self) -> None:
         op, N, C = "select_members", self.rows, self.width
         low, high = int(self.targets.min()), int(self.targets.max())
         rule = f"classes from 0 to {C - 1}"
         require(0 <= low <= high < C, op, "targets", rule, f"{low} to {high}")
-        looks_like_probabilities = C > 1
         for rows in self.chunks():
-            raw, given = self.predictions[:, rows], self.read(rows)
-            finite = bool(given.isfinite().all())
+            # the largest of a row is finite unless one is NaN or +inf, or all are -inf
+            finite = bool(self.predictions[:, rows].amax(-1).isfinite().all())
             require(finite, op, "predictions", "free of NaN", "at least one NaN or +inf")
-            sums = raw.double().sum(-1)
-            proper = bool((raw >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all())
-            looks_like_probabilities &= proper
-            if self.kind == "probabilities":
-                rule = "probabilities, none negative, that sum to 1 over C"
-                got = f"sums from {float(sums.min()):.4g} to {float(sums.max()):.4g}"
-                require(proper, op, "predictions", rule, got, "pass inputs='logits' if they are")
-        if self.kind == "logits":
+        proper, low, high = self._sums()
+        if self.kind == "probabilities":
+            rule, remedy = "probabilities, none negative, that sum to 1 over C", "pass inputs="
+            got = f"sums from {low:.4g} to {high:.4g}"
+            require(proper, op, "predictions", rule, got, f"{remedy}'logits' if they are")
+        else:
             got = f"only rows that sum to 1, {N} rows of {self.members} members"
-            remedy = "pass inputs='probabilities'"
-            require(not looks_like_probabilities, op, "predictions", "logits", got, remedy)
+            wrong = proper and C > 1
+            require(not wrong, op, "predictions", "logits", got, "pass inputs='probabilities'")
+
+    def _sums(self) -> tuple[bool, float, float]:
+        """Whether all are probabilities, and the range of their sums as far as that was seen."""
+        low, high, few = float("inf"), -float("inf"), slice(0, 8)
+        for rows in (few, *self.chunks()):  # of logits the first few rows say that they are
+            piece = self.predictions[:, rows].double()
+            sums = piece.sum(-1)
+            low, high = min(low, float(sums.min())), max(high, float(sums.max()))
+            if bool((piece < 0).any()) or not bool(((sums - 1).abs() < 1e-2).all()):
+                return False, low, high
+        return True, low, high
 
     def chunks(self) -> Iterator[slice]:
         step = max(1, _CHUNK // (self.members * self.width))
@@ -197,9 +205,21 @@ class _Pool:
             yield slice(begin, min(begin + step, self.rows))
 
     def read(self, rows: slice, members: slice = slice(None)) -> Tensor:
-        """[P, rows, C] in float64: probabilities, or values."""
-        piece = self.predictions[members, rows].double()
-        return piece.softmax(-1) if self.kind == "logits" else piece
+        """[P, rows, C] in float64: probabilities, or values; not to be written to."""
+        if self.predictions.numel() > _CHUNK:
+            return self._convert(self.predictions[members, rows])
+        if self.whole is None:  # a pool of one piece is converted once
+            self.whole = self._convert(self.predictions)
+        return self.whole[members, rows]
+
+    def _convert(self, piece: Tensor) -> Tensor:
+        return piece.double().softmax(-1) if self.kind == "logits" else piece.double()
+
+    def true_class(self, rows: slice, y: Tensor) -> Tensor:
+        """[P, rows] in float64: the probabilities of the classes y [P, rows, 1]."""
+        piece = self.predictions[:, rows].double()
+        picked = piece.gather(-1, y)[..., 0]
+        return (picked - piece.logsumexp(-1)).exp() if self.kind == "logits" else picked
 
     def residuals(self, rows: slice) -> Tensor:
         """[P, rows * C] in float64: predictions minus targets (one-hot, of classes)."""
@@ -221,7 +241,7 @@ class _Nll:
         self.table = pool.zeros(pool.members, pool.rows)
         for rows in pool.chunks():
             y = pool.targets[rows].expand(pool.members, -1)[..., None]
-            self.table[:, rows] = pool.read(rows).gather(-1, y)[..., 0]
+            self.table[:, rows] = pool.true_class(rows, y)
         self.sum = pool.zeros(pool.rows)
 
     def with_each(self, count: int) -> Tensor:
