@@ -75,12 +75,17 @@ _TABLE = {
 }
 _INSTEAD = {  # where the ones above spill
     80: {
+        "x half 16": _x(128, 16, 32, 4, 3),
         "weight half 128": _weight(64, 128, 32, 8, 3),
         "weight tf32 32": _weight(64, 32, 16, 8, 3),
         "weight tf32 64": _weight(64, 64, 16, 8, 3),
     },
     90: {},
-    100: {"weight half 32": _weight(64, 32, 64, 8, 3)},
+    100: {
+        "x half 16": _x(128, 16, 32, 4, 3),
+        "fwd tf32 32": _fwd(128, 32, 32, 8, 3),
+        "weight half 32": _weight(64, 32, 64, 8, 3),
+    },
 }
 SHIPPED: dict[tuple[int, str], Config] = {
     (a, bucket): config
