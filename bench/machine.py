@@ -134,8 +134,9 @@ def floor(work, dtype: torch.dtype, device: str, quick: bool) -> dict:
     rates = {"copy_gbs": round(copy_gbs(device, quick), 1)}
     times = [work.bytes / rates["copy_gbs"] / 1e6]
     if work.flops:
-        rates["mm_tflops"] = round(mm_tflops(device, dtype, quick), 3)
-        times.append(work.flops / rates["mm_tflops"] / 1e9)
+        rate = mm_tflops(device, dtype, quick)
+        rates["mm_tflops"] = float(f"{rate:.3g}")  # a few digits: on a loaded CPU it is tiny
+        times.append(work.flops / rate / 1e9)
     if work.logs and (rate := glogs(device)):
         rates["glogs"] = round(rate, 1)
         times.append(work.logs / rate / 1e6)
