@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from . import hyper_batch_linear_tiles as tiles
-from ._launch import AUTOTUNE, Config, arch, fastest, on_device
+from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, on_device
+from ._reduce import sum_parts
 from .batch_ensemble_linear import (
     DTYPES,
     describable,
@@ -22,11 +23,11 @@ from .batch_ensemble_linear import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "B"])
+@triton.jit(do_not_specialize=["M", "B", "steps_per_split"])
 def hyper_batch_linear_fwd_kernel(
     x, weight, delta, e_ptr, r_ptr, s_ptr, u_ptr, v_ptr, bias_ptr, delta_bias_ptr, e_bias_ptr,
     y_ptr, z_ptr,
-    M, B, I, O,
+    M, B, I, O, steps_per_split,
     x_stride_m, x_stride_b, x_stride_i, weight_stride_o, weight_stride_i,
     delta_stride_o, delta_stride_i, e_stride_m, e_stride_b, e_stride_o,
     e_bias_stride_m, e_bias_stride_b, e_bias_stride_o, bias_stride_m, delta_bias_stride_m,
@@ -38,10 +39,15 @@ def hyper_batch_linear_fwd_kernel(
 ):  # fmt: skip
     # One program computes [BLOCK_B, BLOCK_O] of y, and of z = delta @ (u * x) where it is kept. Its
     # rows are examples of one member or, FOLDED (for few examples per member), rows m * B + b of
-    # the sequence of all. TIED: u is r. Factors may be float32: they are rounded to DTYPE.
+    # the sequence of all. Where the sum over inputs is split, y and z are parts [splits, ...] of
+    # sums. TIED: u is r. Factors may be float32: they are rounded to DTYPE.
     offs_i = tl.arange(0, BLOCK_I)
+    splits = tl.cdiv(tl.cdiv(I, BLOCK_I), steps_per_split)
+    split = tl.program_id(0) % splits
+    tile = tl.program_id(0) // splits
+    i_first = split * steps_per_split * BLOCK_I
     if FOLDED:
-        row, col = swizzled(tl.program_id(0), tl.cdiv(M * B, BLOCK_B), tl.cdiv(O, BLOCK_O), GROUP)
+        row, col = swizzled(tile, tl.cdiv(M * B, BLOCK_B), tl.cdiv(O, BLOCK_O), GROUP)
         folded = row * BLOCK_B + tl.arange(0, BLOCK_B)
         in_rows = folded < M * B
         m = tl.where(in_rows, folded // B, 0)
@@ -49,7 +55,7 @@ def hyper_batch_linear_fwd_kernel(
         p_x = x + (offset(m, x_stride_m, LONG) + offset(b, x_stride_b, LONG))[:, None]
     else:
         tiles_b = tl.cdiv(B, BLOCK_B)
-        row, col = swizzled(tl.program_id(0), M * tiles_b, tl.cdiv(O, BLOCK_O), GROUP)
+        row, col = swizzled(tile, M * tiles_b, tl.cdiv(O, BLOCK_O), GROUP)
         m = row // tiles_b
         b = row % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
         in_rows = b < B
@@ -58,7 +64,7 @@ def hyper_batch_linear_fwd_kernel(
 
     acc = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
     z = tl.zeros((BLOCK_B, BLOCK_O), tl.float32)
-    for i in tl.range(0, I, BLOCK_I):
+    for i in tl.range(i_first, min(i_first + steps_per_split * BLOCK_I, I), BLOCK_I):
         w = load_tile(weight, 0, col * BLOCK_O, i, O, I, 0, weight_stride_o, weight_stride_i,
                       BLOCK_O, BLOCK_I, EVEN_I, TMA, LONG)  # fmt: skip
         d = load_tile(delta, 0, col * BLOCK_O, i, O, I, 0, delta_stride_o, delta_stride_i,
@@ -96,6 +102,7 @@ def hyper_batch_linear_fwd_kernel(
         in_s = in_o[None, :]
     s_offs = offset(m_row, O, LONG) + offs_o[None, :]
     y_offs = m.to(tl.int64) * y_stride_m + b.to(tl.int64) * y_stride_b
+    y_offs += split.to(tl.int64) * O * M * B
     if z_ptr is not None:
         p_z = z_ptr + y_offs[:, None] + offs_o[None, :]
         tl.store(p_z, z.to(z_ptr.dtype.element_ty), mask=in_y)
@@ -106,6 +113,7 @@ def hyper_batch_linear_fwd_kernel(
     e_offs = (m.to(tl.int64) * e_stride_m + b.to(tl.int64) * e_stride_b)[:, None]
     e_offs += (offs_o.to(tl.int64) * e_stride_o)[None, :]
     acc += z * tl.load(e_ptr + e_offs, mask=in_y, other=0.0).to(tl.float32)
+    in_s = in_s & (split == 0)  # biases belong to one part
     if bias_ptr is not None:
         p_bias = bias_ptr + offset(m_row, bias_stride_m, LONG) + offs_o[None, :]
         acc += tl.load(p_bias, mask=in_s, other=0.0).to(DTYPE).to(tl.float32)
@@ -137,13 +145,15 @@ def hyper_batch_linear_fwd(
     *,
     config: Config | None = None,
     long: bool | None = None,
+    per_split: int | None = None,
 ) -> None:
     """x [M, B, I], or [B, I] for all; weight, delta [O, I]; e [M, B, O]; r, u [M, I]; s, v [M, O].
 
     u and v are None where they are r and s. bias, delta_bias [M, O] or [O]; e_bias as e. All in one
     dtype, except that factors and biases may be float32 where it has 16 bits. Fills y [M, B, O]
-    and, where given, z, of the strides of y: any but unit along O. Nothing is empty; x, e and the
-    weights may have any strides. `config` and `long` (64-bit offsets) are chosen here unless given.
+    and, where given, z: contiguous, or transposed from [B, M, O]. Nothing is empty; x, e and the
+    weights may have any strides. `config`, `long` (64-bit offsets) and how many inputs one split
+    sums are chosen here unless given.
     """
     (M, B, O), I = y.shape, x.shape[-1]
     tied = u is None
@@ -160,21 +170,30 @@ def hyper_batch_linear_fwd(
 
     def launch(c: Config) -> None:
         block_b, block_o, block_i = (c.tiles[k] for k in ("BLOCK_B", "BLOCK_O", "BLOCK_I"))
-        hyper_batch_linear_fwd_kernel[grid(tiles.forward_programs(c, M, B, O))](
+        inputs = per_split or tiles.inputs_per_split(c, tiles.processors(x), M, B, I, O)
+        splits, outputs, jobs = cdiv(I, inputs), [y, z], []
+        if splits > 1:  # parts lie as y and z do: contiguous, members or examples first
+            outputs = [t if t is None else t.new_empty(splits, M * B * O, dtype=torch.float32)
+                       for t in outputs]  # fmt: skip
+            flat = [t if t is None else t.as_strided((M * B * O,), (1,)) for t in (y, z)]
+            pairs = zip(outputs, flat, strict=True)
+            jobs = [(part, out) for part, out in pairs if part is not None]
+        hyper_batch_linear_fwd_kernel[grid(splits * tiles.forward_programs(c, M, B, O))](
             descriptor(x, block_b, block_i) if c.tma else x,
             descriptor(weight, block_o, block_i) if c.tma else weight,
             descriptor(delta, block_o, block_i) if c.tma else delta,
-            e, r, s, u, v, bias, delta_bias, e_bias, y, z,
-            M, B, I, O, *strides, *y.stride()[:2],
+            e, r, s, u, v, bias, delta_bias, e_bias, *outputs,
+            M, B, I, O, inputs // block_i, *strides, *y.stride()[:2],
             SHARED_X=x.ndim == 2, TIED=tied, EVEN_I=I % block_i == 0, PRECISION=precision(kind),
             TMA=c.tma, LONG=long, DTYPE=DTYPES[x.dtype], **c.options(),
         )  # fmt: skip
+        sum_parts(jobs)
 
     with on_device(x):
         if config is None:
             tma = arch(x) >= 90 and all(describable(t) for t in (x, weight, delta))
             where = (kind, tma, arch(x), tiles.processors(x))
-            config = tiles.forward_config(*where, M, B, O)
+            config = tiles.forward_config(*where, M, B, I, O)
             if AUTOTUNE:
                 key = ("hyper_batch_linear_fwd", x.device, x.dtype, *where, M, B, I, O)
                 others = [c for _, c in tiles.buckets(arch(x), "fwd", kind, tma)]

@@ -18,7 +18,12 @@ __all__ += ["kind_of", "processors"]
 STAGES = ("fwd", "x", "x tied")  # y; dx with an accumulator for each of r and u; with one for both
 
 # Estimated share of the best rate that a tile of this size reaches on a full GPU.
-RATES = {"medium": 1.0, "small": 0.85, "tiny": 0.6, "wide": 0.4, "folded": 0.4, "skinny": 0.12}
+RATES = {"medium": 1.0, "small": 0.85, "tiny": 0.6, "wide": 0.7, "folded": 0.4, "skinny": 0.12}
+
+# In the time of a multiply-add with both weights, for 790 TFLOP/s and 5.5 TB/s from L2 (an H200).
+LOAD_COST = 72  # of loading a 16-bit element
+PART_COST = 200  # of writing and reading a float32 part
+STEPS = 8  # steps of the main loop that a split has at least
 
 
 def _fwd(b, o, i, warps, stages, tma=False, folded=False):
@@ -34,12 +39,12 @@ _POINTERS = {  # any strides; "wide" and "skinny" stream the weights past all ro
     "fwd half medium": _fwd(128, 64, 64, 8, 3),
     "fwd half small": _fwd(64, 128, 32, 8, 3),
     "fwd half tiny": _fwd(64, 64, 64, 4, 3),
-    "fwd half wide": _fwd(128, 32, 64, 8, 4, folded=True),
+    "fwd half wide": _fwd(128, 64, 64, 8, 3, folded=True),
     "fwd half folded": _fwd(64, 32, 64, 4, 4, folded=True),
     "fwd half skinny": _fwd(16, 64, 64, 4, 4, folded=True),
     "fwd tf32 tiny": _fwd(64, 64, 32, 8, 3),
     "fwd tf32 skinny": _fwd(16, 64, 32, 4, 3, folded=True),
-    "fwd ieee tiny": _fwd(64, 32, 16, 8, 3),
+    "fwd ieee tiny": _fwd(64, 32, 16, 4, 3),
     "fwd ieee skinny": _fwd(16, 64, 16, 4, 3, folded=True),
     "x half small": _x(64, 128, 32, 8, 3),
     "x half tiny": _x(64, 64, 32, 4, 3),
@@ -60,11 +65,11 @@ _DESCRIPTORS = {  # unit stride along features and 16-byte aligned rows; Hopper 
     "x tied half medium tma": _x(128, 128, 64, 8, 2, True),
     "x tied half tiny tma": _x(64, 64, 64, 4, 3, True),
 }
-_BLACKWELL = {"fwd ieee tiny": _fwd(64, 32, 16, 4, 3)}  # with eight warps it spills there
+_AMPERE = {"fwd half wide": _fwd(128, 32, 64, 8, 4, folded=True)}  # with 64 outputs it spills there
 _TABLES = {
-    80: _POINTERS,
+    80: _POINTERS | _AMPERE,
     90: _POINTERS | _DESCRIPTORS,
-    100: _POINTERS | _DESCRIPTORS | _BLACKWELL,
+    100: _POINTERS | _DESCRIPTORS,
 }
 SHIPPED: dict[tuple[int, str], Config] = {
     (a, bucket): config for a, table in _TABLES.items() for bucket, config in table.items()
@@ -90,14 +95,28 @@ def buckets(arch: int, stage: str, kind: str, tma: bool) -> tuple[tuple[float, C
 
 
 @lru_cache(4096)
-def forward_config(kind: str, tma: bool, arch: int, sms: int, M: int, B: int, O: int) -> Config:
+def forward_config(
+    kind: str, tma: bool, arch: int, sms: int, M: int, B: int, I: int, O: int
+) -> Config:
     """The configuration of the forward kernel for a shape, on a GPU with `sms` multiprocessors."""
 
-    def work(c: Config) -> float:
-        area = c.tiles["BLOCK_B"] * c.tiles["BLOCK_O"]
-        return ceil(forward_programs(c, M, B, O) / sms) * area
+    def time(candidate: tuple[float, Config]) -> float:
+        rate, c = candidate
+        block_b, block_o = c.tiles["BLOCK_B"], c.tiles["BLOCK_O"]
+        step = max(block_b * block_o / rate, LOAD_COST * (block_b + 2 * block_o))
+        programs, inputs = forward_programs(c, M, B, O), inputs_per_split(c, sms, M, B, I, O)
+        splits = ceil(I / inputs)
+        parts = PART_COST * M * B * O * splits / sms if splits > 1 else 0
+        return ceil(programs * splits / sms) * inputs * step + parts
 
-    return _quickest(buckets(arch, "fwd", kind, tma), work)
+    return min(buckets(arch, "fwd", kind, tma), key=time)[1]
+
+
+def inputs_per_split(config: Config, sms: int, M: int, B: int, I: int, O: int) -> int:
+    """Inputs that one program sums over: fewer where the tiles are too few to fill the GPU."""
+    programs, block_i = forward_programs(config, M, B, O), config.tiles["BLOCK_I"]
+    splits = max(1, min(sms // programs, I // (STEPS * block_i)))
+    return ceil(ceil(I / splits) / block_i) * block_i
 
 
 @lru_cache(4096)

@@ -80,6 +80,33 @@ def test_every_mode_in_half_precision(mode, device):
     check_op(hyper_batch_linear, hyper_batch_linear_reference, arguments, **options)
 
 
+@pytest.mark.parametrize("layout", ["member_major", "batch_major"])
+@pytest.mark.parametrize("per_split", [16, 48, 64])
+@pytest.mark.parametrize("folded", [False, True])
+def test_any_split_of_the_inputs_gives_the_same_sums(folded, per_split, layout, device):
+    tensors = inputs(2, 19, 57, 18, device=device)
+    shape = (2, 19, 18)
+    y, z = (torch.full(shape, float("nan"), device=device) for _ in range(2))
+    if layout == "batch_major":
+        y, z = (t.new_full((19, 2, 18), float("nan")).transpose(0, 1) for t in (y, z))
+    options = {"config": small(folded=folded), "per_split": per_split}
+    forward.hyper_batch_linear_fwd(*tensors, y, z, False, **options)
+    x, _, delta, *_ = tensors
+    u = tensors[6]
+    torch.testing.assert_close(y, hyper_batch_linear_reference(*tensors), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(z, (x * u[:, None]) @ delta.T, rtol=1e-4, atol=1e-4)
+
+
+def test_few_tiles_are_split():
+    """A layer of 128 rows has 64 tiles, half of what the chip holds; more rows fill it."""
+    few = (4, 32, 4096, 4096)
+    config = tiles.forward_config("half", True, 90, 132, *few)
+    assert config.tiles["FOLDED"] and tiles.inputs_per_split(config, 132, *few) == 2048
+    many = (4, 1024, 4096, 4096)
+    config = tiles.forward_config("half", True, 90, 132, *many)
+    assert tiles.inputs_per_split(config, 132, *many) == 4096
+
+
 @pytest.mark.parametrize("plan", [("fused", "composed"), ("composed", "fused")], ids=str)
 @pytest.mark.parametrize("tie", [False, True])
 def test_each_direction_may_go_its_own_way(plan, tie, monkeypatch, device):
@@ -167,15 +194,16 @@ def test_every_shape_finds_a_configuration():
         for kind in ("half", "tf32", "ieee"):
             for tma in (False, True) if arch > 80 else (False,):
                 for M, B, O in ((1, 1, 1), (4, 32, 4096), (4, 512, 1024), (64, 4096, 4096)):
-                    tiles.forward_config(kind, tma, arch, 132, M, B, O)
+                    tiles.forward_config(kind, tma, arch, 132, M, B, 512, O)
                     for stage in ("x", "x tied"):
                         tiles.input_config(stage, kind, tma, arch, 132, M, B, O)
-    few = tiles.forward_config("half", True, 90, 132, 16, 1, 4096)
+    few = tiles.forward_config("half", True, 90, 132, 16, 1, 4096, 4096)
     assert few.tiles["FOLDED"]  # the rows of all members share the tiles of the weights
 
 
 def test_plan_fuses_where_memory_sets_the_time():
-    """Small layers; a large GEMM goes to the library."""
+    """Few rows, or small layers; a large GEMM goes to the library."""
+    assert choose(Problem(4, 32, 4096, 4096)).forward == "fused"
     assert choose(Problem(4, 128, 640, 640)) == ("fused", "fused")
     assert choose(Problem(4, 512, 512, 512)).forward == "fused"
     assert choose(Problem(8, 4096, 8192, 8192)).forward == "composed"
