@@ -1,4 +1,4 @@
-"""The two ways to compute hyper_batch_linear: library calls, and the registered fused kernels.
+"""The ways to compute hyper_batch_linear: library calls, and the kernels of GPUs and of CPUs.
 
 `x` is [M, B, I], [B, M, I] (`batch_major`) or shared, [B, I]; e, e_bias and outputs have the rows
 of y. u and v are None where they are r and s.
@@ -12,6 +12,7 @@ from landscape_fast.ops._batch_ensemble_linear_ways import members_dim, per_row,
 from landscape_fast.ops._dispatch import rounded
 from landscape_fast.ops._hyper_batch import Inputs, held_in_float32, in_dtypes, tied
 from landscape_fast.ops._library import define
+from landscape_fast.ops.batch_ensemble_linear import batch_ensemble_linear
 
 
 def composed(t: Inputs, batch_major: bool) -> tuple[Tensor, Tensor]:
@@ -113,6 +114,23 @@ def _branch(d, x, weight, r, s, z, needs, batch_major: bool):
 def _of_members(t: Tensor, batch_major: bool) -> Tensor:
     """Shared rows [B, F] as those of every member."""
     return t if t.ndim == 3 else t.unsqueeze(members_dim(batch_major))
+
+
+def two_layers(t: Inputs, members: int, batch_major: bool, backend: str) -> Tensor:
+    """y from two batch_ensemble_linear, with their CPU kernels and their gradients."""
+    layout = "batch_major" if batch_major else "member_major"
+    r, s, u, v = tied(t)
+    own = t.x if t.x.ndim == 3 else t.x.unsqueeze(members_dim(batch_major))
+    own = own.expand(-1, members, -1) if batch_major else own.expand(members, -1, -1)
+
+    def layer(weight, r, s, bias=None):
+        x = own if r is None else t.x
+        return batch_ensemble_linear(x, weight, r, s, bias, layout=layout, backend=backend)
+
+    y = torch.addcmul(layer(t.weight, r, s, t.bias), layer(t.delta, u, v), t.e)
+    if t.delta_bias is None:
+        return y
+    return torch.addcmul(y, per_row(t.delta_bias, batch_major), t.e_bias)
 
 
 def fused(t: Inputs, members: int, batch_major: bool, keep: bool) -> tuple[Tensor, Tensor | None]:

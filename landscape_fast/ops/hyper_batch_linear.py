@@ -27,6 +27,7 @@ from landscape_fast.ops._hyper_batch_linear_ways import (
     composed_backward,
     fused,
     fused_backward,
+    two_layers,
 )
 
 OP = "hyper_batch_linear"
@@ -35,7 +36,7 @@ LAYOUTS = ("member_major", "batch_major", "folded")
 COMPOSED = Plan("composed", "composed")
 FUSED = Plan("fused", "fused")
 
-declare(OP, triton=KERNEL_DTYPES)
+declare(OP, cpp=(torch.float32,), triton=KERNEL_DTYPES)
 
 
 def hyper_batch_linear(
@@ -91,9 +92,11 @@ def hyper_batch_linear(
         ValueError: if shapes, dtypes, devices or the layout disagree; if only one of delta_bias and
             e_bias is given; if the backend cannot run here.
 
-    Cost: 4 * M * B * I * O flops, and twice as many for the gradients, plus half as many where ds
-        is wanted. Of the activations x and (x * u) delta^T are kept for the backward, besides e.
-        Gradients are deterministic, and differentiable again.
+    Cost: 4 * M * B * I * O flops, and twice as many for the gradients; on the "torch" path half as
+        many again where ds is wanted. Of the activations x and one product with delta are kept for
+        the backward, besides e. Float32 on a CPU ("cpp") runs on the kernels of
+        `batch_ensemble_linear`, and keeps what they do. Gradients are deterministic, and
+        differentiable again.
 
     Source: Wenzel et al. 2020 (arXiv:2006.13570); self-tuning networks: MacKay et al. 2019
         (arXiv:1903.03088).
@@ -121,8 +124,12 @@ def hyper_batch_linear(
     e, e_bias = rounded(t.x.dtype, t.e, t.e_bias)  # activations, like x
     t = t._replace(e=e, e_bias=e_bias)
     batch_major = layout == "batch_major"
+    once = t.x.ndim == 2 and t.r is None  # one library product serves all members
+    if name == "cpp" and not (once and backend == "auto"):
+        y = two_layers(t, members, batch_major, backend)
+        return y.flatten(0, 1) if layout == "folded" else y
     needs = Inputs(*[wants_grad(value) for value in t])
-    if name == "torch":
+    if name in ("torch", "cpp"):
         plan = COMPOSED
     elif backend == "triton" or _dispatch.FORCED == "triton":
         plan = FUSED

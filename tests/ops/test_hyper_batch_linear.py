@@ -6,10 +6,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from landscape_fast import _extension
 from landscape_fast.ops import hyper_batch_linear, hyper_batch_linear_reference
 from landscape_fast.testing import check_hessian, check_op, check_transforms
 
-BACKENDS = ["torch", "triton"]
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(
+    torch.cuda.is_available() or _extension.C is None, reason="needs CPU tensors and the extension"
+))  # fmt: skip
+HALF_BACKENDS = ["torch", "triton"]
+BACKENDS = [*HALF_BACKENDS, CPP]
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # not to be trusted when interpreted
 NAMES = ("x", "weight", "delta", "e", "r", "s", "u", "v", "bias", "delta_bias", "e_bias")
 # (M, B, I, O): ones, primes, more than one tile, few examples, many
@@ -53,7 +58,7 @@ def test_agrees_with_the_definition(sizes, layout, backend, device):
     check(without(inputs(*sizes, layout, device), absent), layout, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HALF_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("layout", ["member_major", "shared batch_major"])
 def test_agrees_in_half_precision(layout, dtype, backend, device):
@@ -191,7 +196,7 @@ def test_empty(empty, backend, device):
         assert torch.equal(g, torch.zeros_like(t))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HALF_BACKENDS)
 @pytest.mark.parametrize("low", [torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("tie", [False, True])
 def test_float32_parameters_beside_16_bits(tie, low, backend, device):
@@ -221,7 +226,7 @@ def test_float32_parameters_beside_16_bits(tie, low, backend, device):
         assert error <= limit, (name, error)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HALF_BACKENDS)
 def test_autocast(backend, device):
     """x takes the low type; parameters keep theirs, and so do their gradients."""
     arguments = [t.requires_grad_() for t in inputs(2, 3, 4, 3, device=device)]
