@@ -54,7 +54,7 @@ def batch_ensemble_conv2d(
         r: [M, I] or None.
         s: [M, O] or None.
         bias: [M, O], or [O] shared by all members, or None.
-        stride: as in `torch.nn.functional.conv2d`, and so `dilation` and `groups`.
+        stride: as in `torch.nn.functional.conv2d`; dilation and groups: likewise.
         padding: numbers, "same" (stride 1 only) or "valid".
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         layout: "member_major" or "folded".

@@ -77,7 +77,7 @@ def hyper_batch_conv2d(
         bias: [M, O], or [O] shared by all members, or None.
         delta_bias: [M, O] or [O], the bias that responds; given together with e_bias.
         e_bias: how much it responds, shaped as e.
-        stride: as in `torch.nn.functional.conv2d`, and so `dilation` and `groups`.
+        stride: as in `torch.nn.functional.conv2d`; dilation and groups: likewise.
         padding: numbers, "same" (stride 1 only) or "valid".
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         layout: "member_major" or "folded".
