@@ -19,10 +19,12 @@ from landscape_fast.ops._batch_ensemble_linear_plan import (
     Needs,
 )
 
-# Multiply-adds of one member's forward from which a convolution for each member is quicker on a CPU
-# than one for all, with its passes over the activations: two cores of an AMD EPYC (Zen 5), float32.
-MERGED_FORWARD_FROM = 30e6
-MERGED_BACKWARD_FROM = 8e6
+# From where a convolution for each member is quicker on a CPU than one for all, with its passes over
+# the activations: two cores of an AMD EPYC (Zen 4), float32. The forward by the elements of one
+# member's x and y, which these passes move; the backward, which would convolve again for ds, by the
+# multiply-adds of one member's forward.
+MERGED_FORWARD_FROM = 6e5
+MERGED_BACKWARD_FROM = 24e6
 
 L2 = {80: 3.5, 90: 5.5, 100: 9.0}  # TB/s that all multiprocessors read from it
 LIBRARY = {"half": 0.75, "tf32": 0.75, "ieee": 0.8}  # share of a library GEMM's rate
@@ -62,17 +64,18 @@ class Problem(NamedTuple):
     channels_last: bool = True
 
 
-def composed_plan(members: int, products: int, alone: bool) -> Plan:
+def composed_plan(members: int, elements: int, products: int, alone: bool) -> Plan:
     """The quicker library path on a CPU.
 
     Args:
         members: M.
+        elements: of one member's x and y.
         products: multiply-adds of one member's forward.
         alone: whether one convolution serves all members (x shared, no r).
     """
     if alone and members > 1:
         return Plan("once", "once")
-    forward = members == 1 or products >= MERGED_FORWARD_FROM
+    forward = members == 1 or elements >= MERGED_FORWARD_FROM
     backward = members == 1 or products >= MERGED_BACKWARD_FROM
     return Plan("merged" if forward else "once", "merged" if backward else "once")
 

@@ -62,8 +62,10 @@ def library_plan(tensors: tuple, members: int, conv: Conv) -> Plan:
     pixels = tuple(x.shape[3:])
     if not conv.transposed:
         pixels = output_size(pixels, tuple(weight.shape[2:]), conv)
+    outputs = weight.shape[1] * conv.groups if conv.transposed else weight.shape[0]
+    elements = x[0].numel() + x.shape[1] * outputs * prod(pixels)
     products = x.shape[1] * prod(pixels) * weight.numel()
-    return composed_plan(members, products, x.shape[0] == 1 and r is None)
+    return composed_plan(members, elements, products, x.shape[0] == 1 and r is None)
 
 
 def as_image(tensors: tuple, conv: Conv) -> tuple[tuple, Conv]:

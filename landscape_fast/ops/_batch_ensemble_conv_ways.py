@@ -115,7 +115,7 @@ def forward_once(x, weight, r, s, bias, members, conv: Conv) -> Tensor:
     inner = bias if s is None and bias is not None and bias.ndim == 1 else None
     y = convolve(padded(x.flatten(0, 1), conv), weight, inner, conv).unflatten(0, x.shape[:2])
     if s is not None and bias is not None:
-        return spread(bias, dims) + y * spread(s, dims)
+        return torch.addcmul(spread(bias, dims), y, spread(s, dims))
     y = y if s is None else y * spread(s, dims)
     return y if bias is None or inner is not None else y + spread(bias, dims)
 

@@ -92,13 +92,12 @@ def test_table(layer, expected):
 
 def test_library_path_on_a_cpu():
     """One convolution each for members with enough to do, or for a single one; else one for all."""
-    many, few = 10 * plan.MERGED_FORWARD_FROM, plan.MERGED_BACKWARD_FROM / 10
-    assert plan.composed_plan(4, many, False) == Plan("merged", "merged")
-    assert plan.composed_plan(4, few, False) == Plan("once", "once")
-    between = (plan.MERGED_FORWARD_FROM + plan.MERGED_BACKWARD_FROM) / 2
-    assert plan.composed_plan(4, between, False) == Plan("once", "merged")
-    assert plan.composed_plan(1, few, True) == Plan("merged", "merged")
-    assert plan.composed_plan(4, many, True) == Plan("once", "once")
+    moved, products = plan.MERGED_FORWARD_FROM, plan.MERGED_BACKWARD_FROM
+    assert plan.composed_plan(4, moved, products, False) == Plan("merged", "merged")
+    assert plan.composed_plan(4, moved - 1, products, False) == Plan("once", "merged")
+    assert plan.composed_plan(4, moved - 1, products - 1, False) == Plan("once", "once")
+    assert plan.composed_plan(1, 1, 1, True) == Plan("merged", "merged")
+    assert plan.composed_plan(4, moved, products, True) == Plan("once", "once")
 
 
 def problems(count):
