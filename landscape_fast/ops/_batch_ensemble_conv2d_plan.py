@@ -19,10 +19,10 @@ from landscape_fast.ops._batch_ensemble_linear_plan import (
     Needs,
 )
 
-# From where a convolution for each member is quicker on a CPU than one for all, with its passes over
+# From where a convolution for each member is quicker on a CPU than one for all and its passes over
 # the activations: two cores of an AMD EPYC (Zen 4), float32. The forward by the elements of one
-# member's x and y, which these passes move; the backward, which would convolve again for ds, by the
-# multiply-adds of one member's forward.
+# member's x and y, which these passes move; the backward, which would convolve again for ds, by
+# the multiply-adds of one member's forward.
 MERGED_FORWARD_FROM = 6e5
 MERGED_BACKWARD_FROM = 24e6
 
