@@ -65,6 +65,8 @@ def library_plan(tensors: tuple, members: int, conv: Conv) -> Plan:
     outputs = weight.shape[1] * conv.groups if conv.transposed else weight.shape[0]
     elements = x[0].numel() + x.shape[1] * outputs * prod(pixels)
     products = x.shape[1] * prod(pixels) * weight.numel()
+    if not (isinstance(elements, int) and isinstance(members, int)):
+        return Plan("once", "once")  # an exported graph must hold for every size that is free
     return composed_plan(members, elements, products, x.shape[0] == 1 and r is None)
 
 

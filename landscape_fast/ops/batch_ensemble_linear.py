@@ -13,6 +13,7 @@ from landscape_fast.ops._batch_ensemble_linear_cpu import (
 )
 from landscape_fast.ops._batch_ensemble_linear_index import indexed, indexed_reference
 from landscape_fast.ops._batch_ensemble_linear_plan import (
+    COMPOSED,
     FUSED,
     Needs,
     Plan,
@@ -177,13 +178,18 @@ def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
     if x.dtype != torch.float32 and any(needs[1:4]):
         held = zip((weight, r, s), needs[1:4], strict=True)
         exact = any(need and t.dtype != x.dtype for t, need in held)
-    if name == "torch":
-        return composed_plan(x, examples(x, sizes[1]), x.shape[-1], needs, exact)
     if backend == "triton" or _dispatch.FORCED == "triton":
         return FUSED._replace(backward="G") if exact and FUSED.backward == "H" else FUSED
+    if name == "cpp" and "cpp" in (backend, _dispatch.FORCED):
+        return CPP
+    B = examples(x, sizes[1])
+    if not (isinstance(B, int) and isinstance(sizes[0], int)):
+        # an exported graph must hold for every size that is free, so none may decide
+        return COMPOSED._replace(backward="outer") if exact else COMPOSED
+    if name == "torch":
+        return composed_plan(x, B, x.shape[-1], needs, exact)
     if name == "cpp":
-        forced = "cpp" in (backend, _dispatch.FORCED)
-        return CPP if forced else cpu_plan(x, weight, r, sizes, needs)
+        return cpu_plan(x, weight, r, sizes, needs)
     return plan_for(x, weight, (r, s), sizes, needs, exact)
 
 
