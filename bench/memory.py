@@ -6,8 +6,6 @@ Measured in one forward each, parameters not counted; beside it, what `activatio
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from bench.peers import peer  # noqa: E402
 from landscape_fast.models.tabm import TabM  # noqa: E402
 from landscape_fast.nn import (  # noqa: E402
     BatchEnsembleConv2d,
@@ -38,24 +37,6 @@ class Row(NamedTuple):
     measured: int  # bytes
     predicted: int
     ratio: float  # to ours in the same case and dtype
-
-
-def peer(package: str, file: str = ""):
-    """A module of an optional package, or None; with `file`, that one file alone is loaded.
-
-    For torch_uncertainty, whose package imports more than its layers need.
-    """
-    try:
-        found = importlib.metadata.distribution(package)
-        if not file:
-            return importlib.import_module(package)
-        path = found.locate_file(f"{package}/{file}")
-        spec = importlib.util.spec_from_file_location(f"{package}_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except (importlib.metadata.PackageNotFoundError, ImportError):  # or what it needs in turn
-        return None
-    return module
 
 
 Network = Callable[[], nn.Module]

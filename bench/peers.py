@@ -1,6 +1,8 @@
 """Contestants that several cases share: our backends, torch.compile, and other packages."""
 
 import importlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -68,11 +70,36 @@ def compiled(
     ]
 
 
+def peer(package: str, file: str = ""):
+    """A module of an optional package, or None; with `file`, that one file alone is loaded.
+
+    For torch_uncertainty, whose package imports more than its layers need.
+    """
+    try:
+        found = importlib.metadata.distribution(package)
+        if not file:
+            return importlib.import_module(package)
+        path = found.locate_file(f"{package}/{file}")
+        spec = importlib.util.spec_from_file_location(f"{package}_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (importlib.metadata.PackageNotFoundError, ImportError):  # or what it needs in turn
+        return None
+    return module
+
+
 def imported(module: str, attribute: str):
-    """(attribute, "") of an optional package, or (None, the reason why it is not there)."""
+    """(attribute, "") of an optional package, or (None, the reason why it is not there).
+
+    Where the package does not import, the module's file is tried alone.
+    """
     try:
         return getattr(importlib.import_module(module), attribute), ""
     except Exception as exc:  # a package that breaks while importing is not our failure either
+        package, _, rest = module.partition(".")
+        alone = peer(package, rest.replace(".", "/") + ".py") if rest else None
+        if alone is not None and hasattr(alone, attribute):
+            return getattr(alone, attribute), ""
         return None, f"{module}.{attribute} cannot be imported: {type(exc).__name__}: {exc}"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import memory
+from bench import memory, peers
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,6 @@ def test_report(monkeypatch, capsys, rows):
 
 
 def test_absent_packages_are_left_out():
-    assert memory.peer("no_such_package") is None
-    assert memory.peer("no_such_package", "layers.py") is None
-    assert memory.peer("numpy", "version.py").__name__ == "numpy_version"
+    assert peers.peer("no_such_package") is None
+    assert peers.peer("no_such_package", "layers.py") is None
+    assert peers.peer("numpy", "version.py").__name__ == "numpy_version"
