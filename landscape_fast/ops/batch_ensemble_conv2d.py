@@ -74,7 +74,8 @@ def batch_ensemble_conv2d(
 
     Cost: one convolution of M*B images, and at most one pass over its input and output for the
         factors. A shared `x` without `r` is convolved once, for all members. Of the activations
-        `x` alone is kept for the backward. Differentiable to any order.
+        `x` alone is kept for the backward (and y with an activation), which for small images on a
+        CPU convolves once more for ds. Differentiable to any order.
 
     Source: Wen et al. 2020 (arXiv:2002.06715).
 

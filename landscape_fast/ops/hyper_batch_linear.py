@@ -78,9 +78,9 @@ def hyper_batch_linear(
         delta_bias: [M, O] or [O], the bias that responds; given together with e_bias.
         e_bias: how much it responds, shaped as e.
         layout: "member_major", "batch_major" or "folded".
-        backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`. On CUDA tensors
-            "auto" takes, for each shape, what is expected to be quicker: the Triton kernels, or the
-            composition of library calls that "torch" names.
+        backend: "auto", "torch", "cpp" or "triton"; see `landscape_fast.show_config`. On CUDA
+            tensors "auto" takes, for each shape, what is expected to be quicker: the Triton
+            kernels, or the composition of library calls that "torch" names.
 
     Returns:
         [M, B, O], [B, M, O] or [M*B, O] as the layout says, contiguous, in the dtype of `x`.

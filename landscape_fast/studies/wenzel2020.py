@@ -122,7 +122,7 @@ def run(size: str = "small", out: Path | None = None, seed: int = 0) -> dict[str
     """Trains and measures all methods on all folds.
 
     Args:
-        size: "tiny", "small" (about three minutes on two CPU cores) or "full".
+        size: "tiny", "small" (minutes on a CPU) or "full".
         out: folder for results.json, results.csv (means), runs.csv (every fold), trials.csv (every
             network of the searches) and results.md (the table); None writes nothing.
         seed: of the folds; fold f trains with seed + f.
