@@ -9,7 +9,8 @@ from torch import Tensor
 from landscape_fast.ops import _batch_ensemble_conv2d_fused as fused
 from landscape_fast.ops import _batch_ensemble_conv_ways as ways
 from landscape_fast.ops._batch_ensemble_conv2d_plan import Plan
-from landscape_fast.ops._batch_ensemble_conv_checks import LOW, Conv
+from landscape_fast.ops._batch_ensemble_conv_checks import Conv
+from landscape_fast.ops._checks import LOW
 from landscape_fast.ops._dispatch import (
     reference_backward,
     rounded,

@@ -3,14 +3,20 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
+from landscape_fast.ops._checks import (
+    FLOATS,
+    LOW,
+    check_tensor,
+    message,
+    names,
+    require,
+    whole,
+)
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 LAYOUTS = ("member_major", "folded")
 ACTIVATIONS = (None, "relu")
-LOW = (torch.bfloat16, torch.float16)
 PIXELS = {1: "W", 2: "H, W", 3: "D, H, W"}
 KERNEL = {1: "k", 2: "kh, kw", 3: "kd, kh, kw"}
 COUNTS = {1: "one", 2: "two", 3: "three"}
@@ -31,8 +37,7 @@ class Conv(NamedTuple):
 
 def check_count(op: str, argument: str, value: int) -> None:
     """An int of at least 1; a bool is not a count."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not ok:  # torch.compile cannot trace the repr of a dynamic size
+    if not whole(value, 1):  # torch.compile cannot trace the repr of a dynamic size
         raise ValueError(message(op, argument, "an integer of at least 1", repr(value)))
 
 
@@ -40,7 +45,7 @@ def pair(op: str, argument: str, value, least: int, dims: int = 2) -> tuple[int,
     """An int or `dims` ints, each at least `least`, as `dims` ints."""
     found = (value,) * dims if isinstance(value, int) else value
     ok = isinstance(found, tuple | list) and len(found) == dims
-    ok = ok and all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in found)
+    ok = ok and all(whole(v, least) for v in found)
     if not ok:
         many = f"an integer or {COUNTS[dims]}" if dims > 1 else "an integer"
         raise ValueError(message(op, argument, f"{many}, at least {least}", repr(value)))
@@ -113,13 +118,6 @@ def output_size(size: tuple[int, ...], kernel: tuple[int, ...], conv: Conv) -> t
             n = n + conv.before[at] + conv.before[at + 1]
         found.append((n + 2 * conv.padding[d] - reach - 1) // conv.stride[d] + 1)
     return tuple(found)
-
-
-def check_types(op: str, x, weight, r, s, bias) -> None:
-    """Tensors, or None where that means something."""
-    for name, given in (("x", x), ("weight", weight), ("r", r), ("s", s), ("bias", bias)):
-        if not (isinstance(given, Tensor) or given is None and name not in ("x", "weight")):
-            raise TypeError(message(op, name, "a Tensor", type(given).__name__))
 
 
 def check(op, x, weight, r, s, bias, conv: Conv, layout: str, activation) -> int:

@@ -10,12 +10,11 @@ from landscape_fast.ops._batch_ensemble_conv_checks import (
     KERNEL,
     Conv,
     check,
-    check_types,
     geometry,
     output_size,
 )
 from landscape_fast.ops._batch_ensemble_conv_ways import definition
-from landscape_fast.ops._checks import require
+from landscape_fast.ops._checks import check_types, require
 from landscape_fast.ops._dispatch import autocast_input, transforming
 
 
@@ -34,7 +33,8 @@ def prepare(
         options: stride, padding, dilation, groups, padding_mode, output_padding, transposed.
         dims: how many the kernel may have.
     """
-    check_types(op, *tensors)
+    names = ("x", "weight", "r", "s", "bias")
+    check_types(op, dict(zip(names, tensors, strict=True)), names[:2])
     shape = tensors[1].shape
     rule = f"[O, I / groups, {KERNEL[2]}]" if dims == (2,) else "of 3 to 5 dimensions"
     require(len(shape) - 2 in dims, op, "weight", rule, list(shape))

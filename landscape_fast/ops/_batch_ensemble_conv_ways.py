@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from landscape_fast.ops._batch_ensemble_conv_checks import LOW, Conv
+from landscape_fast.ops._batch_ensemble_conv_checks import Conv
+from landscape_fast.ops._checks import LOW
 from landscape_fast.ops._dispatch import (
     as_rounded,
     rounded,

@@ -5,8 +5,9 @@ import os
 import torch
 from torch import Tensor
 
+from landscape_fast.ops import _checks
 from landscape_fast.ops._batch_ensemble_linear_ways import members_dim
-from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
+from landscape_fast.ops._checks import FLOATS, LOW, check_tensor, message, names, require
 from landscape_fast.ops._dispatch import transforming
 
 OP = "batch_ensemble_linear"
@@ -16,10 +17,8 @@ ACTIVATIONS = (None, "relu")
 
 def check_types(x, weight, r, s, bias, layout, index, activation) -> None:
     """What must hold before anything is read off the tensors."""
-    required = {"x": x, "weight": weight}
-    for name, t in {**required, "r": r, "s": s, "bias": bias, "index": index}.items():
-        if not isinstance(t, Tensor) and (t is not None or name in required):
-            raise TypeError(message(OP, name, "a Tensor", type(t).__name__))
+    given = {"x": x, "weight": weight, "r": r, "s": s, "bias": bias, "index": index}
+    _checks.check_types(OP, given, ("x", "weight"))
     if layout not in LAYOUTS:
         require(False, OP, "layout", f"one of {LAYOUTS}", repr(layout))
     if activation not in ACTIVATIONS:
@@ -46,7 +45,7 @@ def _fits(x, weight, r, s, bias, layout, index, M) -> bool:
     O, I = weight.shape
     if x.shape[-1] != I or (layout == "folded" and index is None and (not M or x.shape[0] % M)):
         return False
-    or_this = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    or_this = torch.float32 if dtype in LOW else dtype
     of_bias = (O,) if bias is not None and bias.ndim == 1 else (M, O)
     for t, shape in ((weight, (O, I)), (r, (M, I)), (s, (M, O)), (bias, of_bias)):
         if t is not None:

@@ -4,12 +4,13 @@ Checks read shapes, dtypes, devices and strides, never values, so they cost no d
 synchronisation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LOW = (torch.bfloat16, torch.float16)
 
 
 def require(ok: bool, op: str, argument: str, rule: str, got, remedy: str | None = None) -> None:
@@ -26,6 +27,18 @@ def message(op: str, argument: str, rule: str, got, remedy: str | None = None) -
 def names(dtypes: Sequence[torch.dtype]) -> str:
     """torch.float32, torch.float64 -> "float32, float64"."""
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def whole(value, least: int) -> bool:
+    """Whether it is an integer, no bool, of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_types(op: str, given: Mapping[str, object], required: Sequence[str]) -> None:
+    """TypeError unless each argument is a tensor, or None where it is not required."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and (value is not None or name in required):
+            raise TypeError(message(op, name, "a Tensor", type(value).__name__))
 
 
 def check_tensor(
@@ -65,7 +78,7 @@ def check_tensor(
     if like is None:
         require(value.dtype in dtypes, op, argument, f"one of {names(dtypes)}", value.dtype)
         return
-    short = or_float32 and like.dtype in (torch.bfloat16, torch.float16)
+    short = or_float32 and like.dtype in LOW
     if value.dtype != like.dtype and not (short and value.dtype == torch.float32):
         rule = f"of the dtype of {like_name}, {names([like.dtype])}"
         rule += ", or float32" if short else ""

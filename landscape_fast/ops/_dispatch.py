@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from landscape_fast import _extension
+from landscape_fast.ops._checks import LOW
 
 try:  # private probes of torch; a test holds every supported torch to one of the two
     from torch._C import _are_functorch_transforms_active as _functorch_active
@@ -213,8 +214,7 @@ def autocast_input(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ..
         return x, *params
     if x.dtype in KERNEL_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
-    short = (torch.bfloat16, torch.float16)
-    return x, *[t.to(x.dtype) if t is not None and t.dtype in short else t for t in params]
+    return x, *[t.to(x.dtype) if t is not None and t.dtype in LOW else t for t in params]
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -234,7 +234,7 @@ def as_rounded(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ...]:
     values they have in the dtype of `x`; their gradients pass unrounded. Otherwise nothing changes.
     """
     held = any(t is not None and t.dtype == torch.float32 for t in params)
-    if not held or x.dtype not in (torch.bfloat16, torch.float16):
+    if not held or x.dtype not in LOW:
         return x, *params
 
     def round_values(t: Tensor) -> Tensor:  # t + (rounded - t) is exact

@@ -5,9 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import check_tensor, message
-
-HALVES = (torch.bfloat16, torch.float16)
+from landscape_fast.ops._checks import LOW, check_tensor, message
 
 
 class Inputs(NamedTuple):
@@ -28,13 +26,6 @@ class Inputs(NamedTuple):
 
 REQUIRED = Inputs._fields[:4]
 PARAMETERS = ("weight", "delta", "r", "s", "u", "v", "bias", "delta_bias")
-
-
-def check_types(op: str, t: Inputs) -> None:
-    """TypeError unless every argument is a tensor, or None where it may be left out."""
-    for name, value in t._asdict().items():
-        if not isinstance(value, Tensor) and (value is not None or name in REQUIRED):
-            raise TypeError(message(op, name, "a Tensor", type(value).__name__))
 
 
 def check_factors(op: str, t: Inputs, M: int, I: int, O: int) -> None:
@@ -90,7 +81,7 @@ def needs_z2(t: Inputs, needs: Inputs) -> bool:
 
 def held_in_float32(t: Inputs, needs: Inputs) -> bool:
     """Whether the gradient of a float32 parameter is wanted beside an x of 16 bits."""
-    if t.x.dtype not in HALVES:
+    if t.x.dtype not in LOW:
         return False
     wanted = [getattr(t, name) for name in PARAMETERS if getattr(needs, name)]
     return any(p.dtype == torch.float32 for p in wanted)

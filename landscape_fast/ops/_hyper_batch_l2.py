@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import check_tensor, message, require
+from landscape_fast.ops._checks import check_tensor, check_types, message, require
 from landscape_fast.ops._dispatch import declare
 
 OP = "hyper_batch_l2"
@@ -160,10 +160,7 @@ def _expanded(a: Tensor, b: Tensor, c: Tensor, h: Tensor, e: Tensor) -> Tensor:
 
 
 def _check(given: dict[str, Tensor | None]) -> None:
-    required = NAMES[:4]
-    for name, t in given.items():
-        if not isinstance(t, Tensor) and (t is not None or name in required):
-            raise TypeError(message(OP, name, "a Tensor", type(t).__name__))
+    check_types(OP, given, NAMES[:4])
     weight, e = given["weight"], given["e"]
     require(weight.ndim >= 2, OP, "weight", "[O, I] or [O, I / groups, ...]", list(weight.shape))
     check_tensor(OP, "delta", given["delta"], _letters(weight), weight.shape)

@@ -7,7 +7,7 @@ from landscape_fast.ops import _dispatch
 from landscape_fast.ops import _hyper_batch as shared
 from landscape_fast.ops._batch_ensemble_conv2d_fused import fusable
 from landscape_fast.ops._batch_ensemble_conv_checks import Conv, geometry, output_size
-from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
+from landscape_fast.ops._checks import FLOATS, check_tensor, check_types, message, names, require
 from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
     autocast_input,
@@ -161,7 +161,7 @@ def hyper_batch_conv2d_reference(
 
 def _prepare(t: Inputs, options: tuple, layout: str) -> tuple[Inputs, Conv]:
     """Checks everything; returns the tensors with x as [M or 1, B, I, H, W], and the options."""
-    shared.check_types(OP, t)
+    check_types(OP, t._asdict(), shared.REQUIRED)
     require(layout in LAYOUTS, OP, "layout", f"one of {LAYOUTS}", repr(layout))
     check_tensor(OP, "weight", t.weight, "O, I / groups, kh, kw", (None,) * 4)
     rule = "[O, I / groups, kh, kw] with no empty dimension"

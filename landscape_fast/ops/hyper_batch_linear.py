@@ -6,7 +6,7 @@ from torch import Tensor
 from landscape_fast.ops import _dispatch
 from landscape_fast.ops import _hyper_batch as shared
 from landscape_fast.ops._batch_ensemble_linear_ways import members_dim, per_row, scaled
-from landscape_fast.ops._checks import FLOATS, check_tensor, names, require
+from landscape_fast.ops._checks import FLOATS, check_tensor, check_types, names, require
 from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
     as_rounded,
@@ -113,7 +113,7 @@ def hyper_batch_linear(
                 [[ 3.]]])
     """
     t = Inputs(x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias)
-    shared.check_types(OP, t)
+    check_types(OP, t._asdict(), shared.REQUIRED)
     require(layout in LAYOUTS, OP, "layout", f"one of {LAYOUTS}", repr(layout))
     t = Inputs(*autocast_input(*t))
     members = _check(t, layout)
