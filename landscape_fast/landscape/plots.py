@@ -136,7 +136,8 @@ def accuracy_diversity(
 
     Returns:
         A Figure: one marker per member ("×2" where two coincide), an open star per base at
-        diversity 0, and the upper (independent errors) and lower (replaced labels) limits.
+        diversity 0, and the upper (independent errors) and lower (replaced labels) limits, of
+        which a base at chance has the upper one only.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figure 6.
     """
@@ -227,23 +228,24 @@ def _limits(axis: Axes, left: float, right: float, base: float, classes: int) ->
         label=f"upper limit: independent errors\n(base {100 * base:.1f}%)",
     )
     below = grid[grid <= base]
-    lower = lower_limit(below, base, classes) / (1 - below)
-    axis.plot(
-        (100 * below).numpy(),
-        lower.numpy(),
-        ":",
-        color="#222222",
-        lw=1.6,
-        label="lower limit: randomly replaced\nlabels of the base",
-    )
-    axis.fill_between(
-        (100 * below).numpy(),
-        lower.numpy(),
-        upper[: len(below)].numpy(),
-        color="#0072B2",
-        alpha=0.05,
-        lw=0,
-    )
+    if classes * base > 1:  # at chance or below, replaced labels are no worse
+        lower = lower_limit(below, base, classes) / (1 - below)
+        axis.plot(
+            (100 * below).numpy(),
+            lower.numpy(),
+            ":",
+            color="#222222",
+            lw=1.6,
+            label="lower limit: randomly replaced\nlabels of the base",
+        )
+        axis.fill_between(
+            (100 * below).numpy(),
+            lower.numpy(),
+            upper[: len(below)].numpy(),
+            color="#0072B2",
+            alpha=0.05,
+            lw=0,
+        )
     return float(upper[grid <= base].max())
 
 

@@ -4,7 +4,6 @@ A study is a module of this package with `SIZES`, `run(size, out, seed)`, which 
 to the folder `out` and returns a document, and `describe(document)`, which makes text of it.
 """
 
-import sys
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ def study(args: Namespace) -> int:
     out = args.out or Path("out") / args.name
     out.mkdir(parents=True, exist_ok=True)
     module = import_module(f"landscape_fast.studies.{args.name}")
+    before = _files(out)
     document = module.run(args.size, out, args.seed or 0)
     if args.json:
         from landscape_fast.studies.report import to_json
@@ -30,7 +30,11 @@ def study(args: Namespace) -> int:
     print(
         f"{args.name}, {args.size}, seed {document['seed']}", module.describe(document), sep="\n\n"
     )
-    files = sorted(str(path) for path in out.iterdir() if path.suffix in (".json", ".csv", ".md"))
-    print(f"\nwrote {', '.join(files)}")
-    sys.stdout.flush()
+    written = sorted(str(path) for path, time in _files(out).items() if before.get(path) != time)
+    print(f"\nwrote {', '.join(written)}")
     return 0
+
+
+def _files(out: Path) -> dict[Path, int]:
+    """The folder's files, and when each was last written."""
+    return {path: path.stat().st_mtime_ns for path in out.iterdir()}

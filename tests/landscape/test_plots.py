@@ -238,6 +238,18 @@ def test_the_plane_leaves_out_what_has_no_place():
     assert png(figure).std() > 0.01
 
 
+def test_a_base_at_chance_has_no_lower_limit():
+    """Replaced labels are no worse than those of a base that is right on 1 row in 20."""
+    targets = torch.arange(200) % 10
+    base = (targets + 1) % 10
+    base[:10] = targets[:10]
+    points = {"batch": diversity_points(base.roll(1)[None], base, targets)}
+    figure = plots.accuracy_diversity(points, 10)
+    (line,) = figure.axes[0].get_lines()
+    assert line.get_label().startswith("upper limit")
+    assert png(figure).std() > 0.01
+
+
 @pytest.mark.parametrize(
     "plot",
     [

@@ -1,6 +1,7 @@
 """`landscape-fast study` as its users see it."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -48,6 +49,14 @@ def test_prints_the_table_and_where_the_files_are(canned, tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"wenzel2020, tiny, seed 3\n\n1 row\n\nwrote {out / 'results.csv'}\n"
     )
+
+
+def test_names_only_the_files_it_wrote(canned, tmp_path, capsys):
+    for name in ("notes.md", "results.csv"):
+        (tmp_path / name).write_text("of another run")
+        os.utime(tmp_path / name, (0, 0))
+    assert cli.main(["study", "wenzel2020", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'results.csv'}\n")
 
 
 def test_defaults_and_json(canned, tmp_path, capsys, monkeypatch):
