@@ -44,6 +44,7 @@ class Entry(NamedTuple):
     reference: Callable
     make: Callable[[int], list[torch.Tensor]]
     gradients: bool = True
+    kept: int = 0  # outputs' worth of numbers that the backward must have besides the inputs
 
     def inputs(self, dtype: torch.dtype, scale: int = 1, device="cuda") -> list[torch.Tensor]:
         """Inputs on the device; floating ones in `dtype`."""
@@ -254,7 +255,8 @@ def _hyper_entries():
                 call, reference = (partial(_with_tied_factors, f, **options) for f in functions)
             else:
                 call, reference = (partial(f, **options) for f in functions)
-            yield Entry(f"{name}{' tied' if tie else ''}", op, call, reference, make)
+            title = f"{name}{' tied' if tie else ''}"
+            yield Entry(title, op, call, reference, make, kept=1)  # the product with delta
 
 
 def _divergence_entries():
