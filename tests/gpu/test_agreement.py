@@ -28,6 +28,14 @@ def test_every_kernel_is_as_exact_as_pytorch(entry, dtype, scale):
         )
 
 
+@pytest.mark.parametrize("scale", [1, 8], ids=["small", "large"])
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if "conv" in e.op], ids=lambda e: e.name)
+def test_convolutions_in_tf32_are_as_exact_as_those_of_pytorch(entry, scale, monkeypatch):
+    """As they run by default: torch allows tf32 to convolutions, and not to matrix products."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    test_every_kernel_is_as_exact_as_pytorch(entry, torch.float32, scale)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
 def test_kernels_agree_with_each_other_and_with_the_composition(entry, dtype):

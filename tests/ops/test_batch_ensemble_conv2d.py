@@ -20,12 +20,6 @@ LAYOUTS = ["member_major", "folded", "shared"]
 M, B, I, O = 3, 2, 4, 6
 
 
-@pytest.fixture(autouse=True)
-def _float32_as_such(monkeypatch):
-    """Not as tf32, which torch lets convolutions on a GPU use."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """A backend, with the library's choice of ways made by the test."""

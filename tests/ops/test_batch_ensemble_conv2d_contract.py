@@ -20,12 +20,6 @@ FUSED = Plan("fused", "fused")
 M, B, I, O = 3, 8, 8, 8
 
 
-@pytest.fixture(autouse=True)
-def _float32_as_such(monkeypatch):
-    """Not as tf32, which torch lets convolutions on a GPU use."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def inputs(device="cpu", grad=True, H=8):
     x = torch.randn(M, B, H, H, I).movedim(-1, -3)
     shapes = ((O, I, 3, 3), (M, I), (M, O), (M, O))
