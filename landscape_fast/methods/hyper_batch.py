@@ -21,9 +21,9 @@ from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import Trained, build_member
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import Validation, hold_out
-from landscape_fast.methods.trainer import Run, gibbs_cross_entropy, predict
+from landscape_fast.methods.trainer import Run, predict
 from landscape_fast.nn.hyper_batch import HyperBatchNetwork, LambdaDistribution
-from landscape_fast.ops._checks import require
+from landscape_fast.ops._checks import require, whole
 
 # Counters of the random streams of purpose "tune"; what each draws.
 _ROWS, _TRAINING, _TUNING, _EVALUATION = range(4)
@@ -61,10 +61,10 @@ class Tuning:
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("first_epoch", 0)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            require(whole, "Tuning", name, f"an integer of at least {least}", value)
+            ok = whole(value, least)
+            require(ok, "Tuning", name, f"an integer of at least {least}", value)
         size = self.batch_size
-        ok = size is None or (isinstance(size, int) and size >= 1)
+        ok = size is None or whole(size, 1)
         require(ok, "Tuning", "batch_size", "None or an integer of at least 1", size)
         for name in ("lr", "width"):
             value = getattr(self, name)
@@ -95,8 +95,8 @@ class HyperBatchEnsemble(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        whole = isinstance(samples, int) and samples >= 0
-        require(whole, "HyperBatchEnsemble", "samples", "an integer of at least 0", samples)
+        ok = whole(samples, 0)
+        require(ok, "HyperBatchEnsemble", "samples", "an integer of at least 0", samples)
         self.network, self.distribution = network, distribution
         self.samples, self.seed = samples, seed
 
@@ -273,24 +273,15 @@ class _HyperRun(Run):
         return self.distribution.sample(rows, torch.Generator().manual_seed(seed))
 
     def _one_step(self, x: Tensor, y: Tensor) -> None:
-        rows = y.shape[0]
         with torch.no_grad():
-            lambdas = self._draw(rows, _TRAINING, self.step)
+            lambdas = self._draw(y.shape[0], _TRAINING, self.step)
         logits = self.model(x, lambdas)
-        loss = gibbs_cross_entropy(logits, y, self.config.label_smoothing)
         penalty = self.model.l2(lambdas, fast_weights=self.tuning.fast_weights)
         penalty = penalty / self.batches.x.shape[0]
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss + penalty).backward()
-        self.optimizer.step()
-        self.scheduler.step()
+        self._descend(logits, y, penalty)
         with torch.no_grad():
-            right = (logits.argmax(-1) == y).double().mean()
-            one = torch.ones_like(right)
-            # an infinite penalty must end the run as an infinite loss does
-            total = loss.double() + 0 * penalty.double()
-            self.sums += torch.stack([total, right, one]) * rows
-            self.extra[:2] += torch.stack([penalty.double(), one])
+            penalty = penalty.double()
+            self.extra[:2] += torch.stack([penalty, torch.ones_like(penalty)])
         done, first = self.step + 1, self.tuning.first_epoch * self.steps_per_epoch
         if done > first and done % self.tuning.every == 0:
             self._tune()

@@ -9,6 +9,14 @@ from landscape_fast.ops._checks import require
 Validation = float | tuple[Tensor, Tensor]
 
 
+def check_rows(op: str, x: Tensor, y: Tensor) -> None:
+    """Raises unless x [N, ...] and y [N] int64 are rows to train on and their classes."""
+    rule = "[N, ...] with at least one row"
+    require(x.ndim >= 2 and x.shape[0] >= 1, op, "x", rule, list(x.shape))
+    require(y.shape == x.shape[:1], op, "y", f"[N] with N = {x.shape[0]}", list(y.shape))
+    require(y.dtype == torch.int64, op, "y", "int64", y.dtype, "call .long()")
+
+
 def stratified_split(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Positions of the rows to train on and of those held out, the same share of every class.
 
@@ -45,12 +53,15 @@ def hold_out(
     op: str, x: Tensor, y: Tensor, validation: Validation, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x, y) to train on and (x, y) to decide on, from a fraction or from rows given apart."""
+    check_rows(op, x, y)
     if isinstance(validation, tuple):
         own_x, own_y = validation
         fits = own_x.shape[1:] == x.shape[1:] and own_y.shape == own_x.shape[:1] and len(own_y) > 0
         got = f"{list(own_x.shape)} and {list(own_y.shape)}"
         rule = f"a fraction, or rows [N, {', '.join(map(str, x.shape[1:]))}] and classes [N]"
         require(fits, op, "validation", rule, got)
+        long = own_y.dtype == torch.int64
+        require(long, op, "validation", "with int64 classes", own_y.dtype, "call .long()")
         return x, y, own_x, own_y
     number = isinstance(validation, float) and 0 < validation < 1
     require(number, op, "validation", "a fraction in (0, 1), or rows and classes", validation)

@@ -23,6 +23,7 @@ from landscape_fast.methods.interrupt import TrainingInterrupted, deferred_inter
 from landscape_fast.methods.optim import make_optimizer
 from landscape_fast.methods.progress import Progress
 from landscape_fast.methods.seeds import isolated_rng, rng_state, set_rng_state, stream_seed
+from landscape_fast.methods.splits import check_rows
 from landscape_fast.nn import FoldedEnsemble, split_members
 from landscape_fast.ops._checks import require
 
@@ -95,12 +96,8 @@ def fit(
         ValueError: if the rows do not fit together, or the checkpoint belongs to another run.
         Diverged: a RuntimeError; if the loss stops being finite.
     """
+    check_rows("fit", x, y)
     device = next(model.parameters()).device
-    require(
-        x.ndim >= 2 and x.shape[0] >= 1, "fit", "x", "[N, ...] with at least one row", list(x.shape)
-    )
-    require(y.shape == x.shape[:1], "fit", "y", f"[N] with N = {x.shape[0]}", list(y.shape))
-    require(y.dtype == torch.int64, "fit", "y", "int64", y.dtype, "call .long()")
     run = Run(model, x.to(device), y.to(device), config, stream, label, checkpoint, on_step)
     run.identity |= identity or {}
     return run.execute(resume, progress)
@@ -218,15 +215,20 @@ class Run:
         self._close_epoch(epoch, lr, *totals)
 
     def _one_step(self, x: Tensor, y: Tensor) -> None:
-        logits = self._logits(x)
+        self._descend(self._logits(x), y)
+
+    def _descend(self, logits: Tensor, y: Tensor, penalty: Tensor | float = 0.0) -> None:
+        """One step of the optimiser on the cross-entropy and a penalty that is not counted."""
         loss = gibbs_cross_entropy(logits, y, self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + penalty).backward()
         self.optimizer.step()
         self.scheduler.step()
         with torch.no_grad():
             right = (logits.argmax(-1) == y).double().mean()
-            self.sums += torch.stack([loss.double(), right, torch.ones_like(right)]) * y.shape[-1]
+            # an infinite penalty must end the run as an infinite loss does
+            loss = loss.double() + 0 * penalty
+            self.sums += torch.stack([loss, right, torch.ones_like(right)]) * y.shape[-1]
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.members and isinstance(self.model, FoldedEnsemble):  # it would share the batch

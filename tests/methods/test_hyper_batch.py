@@ -316,6 +316,9 @@ def test_errors():
         train(dataclasses.replace(CONFIG, member_batches="own"))
     with pytest.raises(ValueError, match="train_hyper_batch: validation must be a fraction"):
         train(validation=3)
+    x, y = rows()
+    with pytest.raises(ValueError, match=r"train_hyper_batch: y must be int64; got torch.int32"):
+        train_hyper_batch(build, x, y.int(), CONFIG, progress=False)
     with pytest.raises(ValueError, match="samples must be an integer of at least 0; got -1"):
         network = build()
         HyperBatchEnsemble(network, network.distribution(), samples=-1)
@@ -327,6 +330,7 @@ def test_errors():
         ({"every": 0}, "every must be an integer of at least 1; got 0"),
         ({"first_epoch": -1}, "first_epoch must be an integer of at least 0; got -1"),
         ({"batch_size": 0}, "batch_size must be None or an integer of at least 1; got 0"),
+        ({"batch_size": True}, "batch_size must be None or an integer of at least 1; got True"),
         ({"lr": 0.0}, "lr must be a finite number above 0; got 0.0"),
         ({"width": math.inf}, "width must be a finite number above 0; got inf"),
         ({"entropy": -1.0}, "entropy must be a finite number of at least 0; got -1.0"),

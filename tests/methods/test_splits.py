@@ -45,6 +45,7 @@ WRONG = [
     ((torch.zeros(3, 4), torch.zeros(3)), r"rows \[N, 2\] and classes \[N\]; got \[3, 4\] and"),
     ((torch.zeros(3, 2), torch.zeros(2)), r"got \[3, 2\] and \[2\]"),
     ((torch.zeros(0, 2), torch.zeros(0)), r"got \[0, 2\] and \[0\]"),
+    ((torch.zeros(3, 2), torch.zeros(3)), r"f: validation must be with int64 classes; got"),
 ]
 
 
@@ -54,3 +55,18 @@ def test_what_is_refused(validation, message):
         hold_out("f", torch.zeros(53, 2), Y, validation, 0)
     with pytest.raises(ValueError, match="stratified_split: fraction must be"):
         stratified_split(Y, 1.0, 0)
+
+
+@pytest.mark.parametrize("validation", [0.2, (torch.zeros(3, 2), torch.zeros(3).long())])
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.zeros(53, 2), Y.int(), "f: y must be int64; got torch.int32; call .long()"),
+        (torch.zeros(53, 2), Y.double(), "f: y must be int64; got torch.float64"),
+        (torch.zeros(50, 2), Y, r"f: y must be \[N\] with N = 50; got \[53\]"),
+        (torch.zeros(53), Y, r"f: x must be \[N, ...\] with at least one row; got \[53\]"),
+    ],
+)
+def test_rows_that_are_no_rows_are_refused(x, y, message, validation):
+    with pytest.raises(ValueError, match=message):
+        hold_out("f", x, y, validation, 0)
