@@ -1,5 +1,6 @@
 """Hyper-deep ensembles: networks of different settings and different initial weights, selected."""
 
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,6 @@ from threading import Event
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from landscape_fast.methods.checkpoint import load_checkpoint
@@ -31,7 +31,8 @@ from landscape_fast.methods.trials import (
     shares_memory,
     write_rows,
 )
-from landscape_fast.ops._checks import require
+from landscape_fast.ops import ensemble_summary
+from landscape_fast.ops._checks import require, whole
 
 
 class WeightedEnsemble(DeepEnsemble):
@@ -172,14 +173,14 @@ def train_hyper_deep(
     public replication: every selected setting from K initial weights.
     """
     op = "train_hyper_deep"
+    restarts = members if restarts is None else restarts
     for name, value, least in (
         ("trials", trials, 1),
         ("members", members, 1),
-        ("restarts", members if restarts is None else restarts, 0),
+        ("restarts", restarts, 0),
         ("threads", threads, 1),
     ):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        require(whole and value >= least, op, name, f"an integer of at least {least}", value)
+        require(whole(value, least), op, name, f"an integer of at least {least}", value)
     require(trials <= STREAMS, op, "trials", f"at most {STREAMS}", trials)
     kinds = tuple(kind for kind in OBJECTIVES if kind != "mse")
     require(objective in kinds, op, "objective", f"one of {kinds}", repr(objective))
@@ -201,11 +202,10 @@ def train_hyper_deep(
         )
         search.train([(number, 0) for number in range(trials)])
         first = search.select(members, objective, lambda trial: True)
-        again = members if restarts is None else restarts
         chosen = sorted(search.done[position].number for position in first.members)
-        search.train([(number, s) for number in chosen for s in range(1, again + 1)])
+        search.train([(number, s) for number in chosen for s in range(1, restarts + 1)])
         last = first
-        if again:
+        if restarts:
             allowed = (lambda trial: True) if keep_search else (lambda trial: trial.restart > 0)
             last = search.select(members, objective, allowed)
         return search.finish(first, last)
@@ -325,10 +325,6 @@ class _Search:
 
 
 def _scores(logits: Tensor, y: Tensor) -> dict[str, float]:
-    p = logits.double().softmax(-1)
-    onehot = F.one_hot(y, p.shape[-1])
-    return {
-        "nll": float(F.cross_entropy(logits.double(), y)),
-        "accuracy": float((logits.argmax(-1) == y).double().mean()),
-        "brier": float((p - onehot).square().sum(-1).mean()),
-    }
+    found, bad = ensemble_summary(logits[None].double(), y), bool(logits.isnan().any())
+    names = ("nll", "accuracy", "brier")
+    return {name: math.nan if bad else float(getattr(found, name)) for name in names}

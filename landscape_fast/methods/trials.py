@@ -6,8 +6,6 @@ from an executor is a word.
 
 import dataclasses
 import functools
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
@@ -95,20 +93,21 @@ class _Stopped(Exception):
 
 def run_trial(work: Work) -> str:
     """Trains and saves one trial unless that was done; "done", "diverged" or "interrupted"."""
-    trial = work.trial
     with _TURN:
         threads = torch.get_num_threads()
         torch.set_num_threads(work.threads)
         try:
             rows = _read_rows(work.rows) if isinstance(work.rows, Path) else work.rows
-            return _run(work, trial, rows)
+            return _run(work, rows)
         except (KeyboardInterrupt, _Stopped):
             return "interrupted"
         finally:
             torch.set_num_threads(threads)
 
 
-def _run(work: Work, trial: Trial, rows: Rows) -> str:
+def _run(work: Work, rows: Rows) -> str:
+    trial = work.trial
+
     def on_step(_: int) -> None:
         if work.stop is not None and work.stop.is_set():
             raise _Stopped
@@ -120,7 +119,6 @@ def _run(work: Work, trial: Trial, rows: Rows) -> str:
     if work.resume and trial.path.exists():
         return load_checkpoint(trial.path, identity)["outcome"]
     training = trial.path.with_suffix(".training.pt")
-    outcome = "done"
     try:
         history = fit(
             network,
@@ -204,15 +202,7 @@ def shares_memory(executor: Executor | None) -> bool:
 
 def write_rows(path: Path, rows: Rows) -> None:
     """Saves the rows for other processes; the file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(tuple(part.cpu() for part in rows), file)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    save_checkpoint(path, {}, {"rows": [part.cpu() for part in rows]})
 
 
 def _read_rows(path: Path) -> Rows:
@@ -222,4 +212,4 @@ def _read_rows(path: Path) -> Rows:
 @functools.lru_cache(maxsize=1)
 def _read_once(path: Path, changed: int) -> Rows:
     """A worker process reads the rows once, however many trials it runs."""
-    return Rows(*torch.load(path, weights_only=True, mmap=True))
+    return Rows(*torch.load(path, weights_only=True, mmap=True)["state"]["rows"])

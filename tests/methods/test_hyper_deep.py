@@ -1,6 +1,7 @@
 """A hyper-deep search: the same with any executor, resumed anywhere, and selected as defined."""
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import pickle
@@ -246,6 +247,7 @@ def test_diverging_trials_are_left_out():
     for row, logits in zip(found.table, found.logits, strict=True):
         bad = row["outcome"] == "diverged"
         assert bool(logits.isnan().all()) == bad and not (bad and row["weight"])
+        assert all(math.isnan(row[name]) == bad for name in ("nll", "accuracy", "brier"))
     every = dataclasses.replace(config, lr=1e30)
     with pytest.raises(RuntimeError, match="must stay finite; got none of 2; lower the learning"):
         search(every, space={"lr": Choice((1e30,))}, trials=2)
@@ -316,6 +318,12 @@ def test_a_weighted_ensemble_runs_each_network_once():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=f"train_hyper_deep: {message}"):
         search(**options)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    x, y = rows()
+    with pytest.raises(ValueError, match=r"train_hyper_deep: y must be \[N\] with N = 40; got"):
+        train_hyper_deep(network, x[:40], y, ONCE, **SEARCH)
 
 
 def test_a_network_with_members_is_refused():
