@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import require
+from landscape_fast.ops._checks import require, whole
 
 
 class ReliabilityBins(NamedTuple):
@@ -56,7 +56,7 @@ def reliability_bins(probabilities: Tensor, targets: Tensor, bins: int = 15) -> 
     require(
         list(targets.shape) == [rows], op, "targets", f"[N] with N = {rows}", list(targets.shape)
     )
-    require(isinstance(bins, int) and bins >= 1, op, "bins", "an integer of at least 1", bins)
+    require(whole(bins, 1), op, "bins", "an integer of at least 1", bins)
     confidence, labels = probabilities.max(dim=1)
     right = (labels == targets).double()
     edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from landscape_fast.ops._checks import whole
+
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
 MEMBER_BIAS = ("slow", "fast")
@@ -69,8 +71,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "step_epochs"):
-            self._require(name, _is_int(getattr(self, name), 1), "an integer of at least 1")
-        self._require("seed", _is_int(self.seed, 0), "a non-negative integer")
+            self._require(name, whole(getattr(self, name), 1), "an integer of at least 1")
+        self._require("seed", whole(self.seed, 0), "a non-negative integer")
         for name in ("lr", "step_factor", "fast_lr_mult"):
             self._require(
                 name,
@@ -100,7 +102,7 @@ class TrainConfig:
         self._require(
             "milestones",
             isinstance(self.milestones, tuple)
-            and all(_is_int(epoch, 1) for epoch in self.milestones)
+            and all(whole(epoch, 1) for epoch in self.milestones)
             and sorted(set(self.milestones)) == list(self.milestones),
             "rising integers of at least 1",
         )
@@ -138,10 +140,6 @@ class TrainConfig:
             drops = sum(epoch >= milestone for milestone in self.milestones)
             return self.step_factor ** (drops if self.milestones else epoch // self.step_epochs)
         return 1.0
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: object) -> bool:

@@ -12,7 +12,7 @@ from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.trainer import History, fit
 from landscape_fast.nn.ensemble import DeepEnsemble
-from landscape_fast.ops._checks import require
+from landscape_fast.ops._checks import require, whole
 
 
 class Trained(NamedTuple):
@@ -71,7 +71,7 @@ def train_deep_ensemble(
     Source: Lakshminarayanan et al. 2017 (arXiv:1612.01474); Fort et al. 2019 (arXiv:1912.02757).
     """
     require(
-        isinstance(members, int) and members >= 1,
+        whole(members, 1),
         "train_deep_ensemble",
         "members",
         "an integer of at least 1",

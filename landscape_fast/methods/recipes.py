@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from landscape_fast.methods.config import TrainConfig
-from landscape_fast.ops._checks import require
+from landscape_fast.ops._checks import require, whole
 
 _FRESH_ROWS = 128
 _LR = 0.1  # for 128 fresh rows
@@ -58,7 +58,7 @@ def batch_ensemble_recipe(
     op = "batch_ensemble_recipe"
     both = fresh_rows is not None and tiled_rows is not None
     require(not both, op, "fresh_rows", "None where tiled_rows is given", fresh_rows)
-    require(isinstance(members, int) and members >= 1, op, "members", "at least 1", members)
+    require(whole(members, 1), op, "members", "at least 1", members)
     if tiled_rows is not None:
         rule = f"a positive multiple of members = {members}"
         require(tiled_rows > 0 and tiled_rows % members == 0, op, "tiled_rows", rule, tiled_rows)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import check_tensor, require
+from landscape_fast.ops._checks import check_tensor, require, whole
 
 OBJECTIVES = ("nll", "accuracy", "brier", "nll-accuracy", "mse")
 INPUTS = ("logits", "probabilities")
@@ -111,10 +111,9 @@ def select_members(
     require(objective in OBJECTIVES, op, "objective", f"one of {OBJECTIVES}", repr(objective))
     kind = "values" if objective == "mse" else inputs
     pool = _Pool(predictions, targets, kind)
-    whole = isinstance(size, int) and not isinstance(size, bool)
     rule = f"an integer from 1 to P = {pool.members}"
-    require(whole and 1 <= size <= pool.members, op, "size", rule, size)
-    limited = max_picks is None or (isinstance(max_picks, int) and max_picks >= 1)
+    require(whole(size, 1) and size <= pool.members, op, "size", rule, size)
+    limited = max_picks is None or whole(max_picks, 1)
     require(limited, op, "max_picks", "None or an integer of at least 1", max_picks)
     if kind != "values":
         pool.check_values()

@@ -44,6 +44,7 @@ def test_certain_predictions_are_in_the_last_bin():
         (torch.ones(0, 3), torch.zeros(0), 15, r"probabilities must be \[N, C\] with N at least 1"),
         (torch.ones(3, 2), torch.zeros(2), 15, r"targets must be \[N\] with N = 3; got \[2\]"),
         (torch.ones(3, 2), torch.zeros(3), 0, "bins must be an integer of at least 1; got 0"),
+        (torch.ones(3, 2), torch.zeros(3), True, "bins must be an integer .*; got True"),
     ],
 )
 def test_what_does_not_fit_is_refused(p, y, bins, message):

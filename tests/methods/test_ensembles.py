@@ -46,7 +46,7 @@ def test_batch_members_share_the_weight_and_learn_their_own_factors():
     assert predict(trained.model, x).shape == (MEMBERS, len(x), 3)
 
 
-@pytest.mark.parametrize("members", [0, -1, 2.0])
+@pytest.mark.parametrize("members", [0, -1, 2.0, True])
 def test_a_deep_ensemble_needs_members(members):
     with pytest.raises(
         ValueError,

@@ -51,6 +51,7 @@ def test_changes_replace_what_the_recipe_says():
         ({"fresh_rows": 1, "tiled_rows": 4}, "fresh_rows must be None where tiled_rows is given"),
         ({"tiled_rows": 130}, "tiled_rows must be a positive multiple of members = 4; got 130"),
         ({"members": 0}, "members must be at least 1; got 0"),
+        ({"members": True}, "members must be at least 1; got True"),
     ],
 )
 def test_a_batch_that_cannot_be_is_refused(options, message):

@@ -235,6 +235,7 @@ WRONG = [
     ((L, Y, True), {}, r"size must be an integer from 1 to P = 3; got True"),
     ((L, Y, 2, "acc"), {}, r"objective must be one of \('nll', .*; got 'acc'"),
     ((L, Y, 2), {"inputs": "odds"}, r"inputs must be one of .*; got 'odds'"),
+    ((L, Y, 2), {"max_picks": True}, r"max_picks must be None or an integer .*; got True"),
     ((L, Y, 2), {"max_picks": 0}, r"max_picks must be None or an integer of at least 1; got 0"),
     ((L[0], Y, 2), {}, r"predictions must be \[P, N, C\]; got \[4, 2\]"),
     ((L[:0], Y, 2), {}, r"predictions must be without an empty dimension; got \[0, 4, 2\]"),
