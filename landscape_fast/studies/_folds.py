@@ -1,12 +1,11 @@
 """Results of several methods on several folds: means, standard errors, verdicts, files."""
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from landscape_fast.studies.report import format_table, to_csv, write_results
+from landscape_fast.studies.report import format_table, to_csv, write_results, write_texts
 
 COLUMNS = (
     ("method", "method", "{}"),
@@ -82,10 +81,10 @@ def _t95(folds: int) -> float:
     return _T95.get(folds - 1, 2.0)
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with `mean ± standard error` in place of numbers."""
+def with_errors(row: dict[str, Any], forms: Mapping[str, str] = _FORMS) -> dict[str, Any]:
+    """The row with `mean ± standard error` in place of the numbers that have a form."""
     shown = dict(row)
-    for key, form in _FORMS.items():
+    for key, form in forms.items():
         value, error = row[key], row[f"{key}_se"]
         text = None if value is None else form.format(value)
         shown[key] = text if error is None else f"{text} ± {form.replace('+', '').format(error)}"
@@ -95,26 +94,24 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 def write(directory: Path, document: dict[str, Any]) -> None:
     """results.json and .csv (the rows), runs.csv, trials.csv, results.md (what `markdown` says)."""
     write_results(directory, document)
-    for name, text in (
-        ("runs.csv", to_csv(document["runs"])),
-        ("trials.csv", to_csv(document["trials"])),
-        ("results.md", markdown(document)),
-    ):
-        temporary = directory / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, directory / name)
+    tables = {f"{name}.csv": to_csv(document[name]) for name in ("runs", "trials")}
+    write_texts(directory, {**tables, "results.md": markdown(document)})
 
 
 def describe(document: dict[str, Any]) -> str:
     """The table and the notes as text."""
-    table = format_table([_shown(row) for row in document["rows"]], COLUMNS)
-    return "\n".join([table, "", *(f"- {note}" for note in document["notes"])])
+    return as_text(map(with_errors, document["rows"]), COLUMNS, document["notes"])
+
+
+def as_text(rows: Iterable[dict[str, Any]], columns: Sequence[tuple], notes: Sequence[str]) -> str:
+    """A table of rows `with_errors`, and notes below it."""
+    return "\n".join([format_table(list(rows), columns), "", *(f"- {note}" for note in notes)])
 
 
 def markdown(document: dict[str, Any]) -> str:
     """The table and the notes in Markdown."""
     lines = [[heading for _, heading, _ in COLUMNS], ["---"] + ["---:"] * (len(COLUMNS) - 1)]
-    for row in map(_shown, document["rows"]):
+    for row in map(with_errors, document["rows"]):
         lines.append(
             ["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS]
         )

@@ -58,7 +58,14 @@ def load_table(name: str, seed: int = 0) -> Table:
     """
     require(name in TABLES, "load_table", "name", f"one of {TABLES}", repr(name))
     import numpy as np
-    from sklearn import datasets, model_selection, preprocessing
+
+    try:
+        from sklearn import datasets, model_selection, preprocessing
+    except ImportError as error:
+        raise ImportError(
+            "load_table: scikit-learn must be installed, its wheel holds the tables; "
+            f"got {error}; pip install scikit-learn"
+        ) from error
 
     x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
     regression = name == "diabetes"

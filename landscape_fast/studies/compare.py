@@ -26,7 +26,7 @@ from landscape_fast.methods import (
 )
 from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, EnsembleBatchNorm2d
 from landscape_fast.ops import ensemble_summary
-from landscape_fast.ops._checks import require
+from landscape_fast.ops._checks import require, whole
 from landscape_fast.studies.presets import (
     DATA,
     EVALUATION_ROWS,
@@ -77,17 +77,19 @@ class Problem:
     train_rows: int | None = None
 
     def __post_init__(self) -> None:
+        normed = self.model in NORMED
         for name, known in (
             ("data", DATA),
             ("model", MODELS),
             ("fast_init", FAST_INITS),
             ("pixels", PIXELS),
-            ("norm", NORMS if self.model in NORMED else NORMS[:1]),
+            ("norm", NORMS if normed else NORMS[:1]),
         ):
             value = getattr(self, name)
-            require(value in known, "Problem", name, f"one of {known}", repr(value))
+            remedy = f"{self.model} has no norms" if name == "norm" and not normed else None
+            require(value in known, "Problem", name, f"one of {known}", repr(value), remedy)
         require(
-            isinstance(self.members, int) and self.members >= 1,
+            whole(self.members, 1),
             "Problem",
             "members",
             "an integer of at least 1",

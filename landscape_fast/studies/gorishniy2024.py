@@ -22,10 +22,12 @@ from torch import Generator, Tensor, nn
 
 from landscape_fast.landscape.diversity import diagnose
 from landscape_fast.methods import select_members
+from landscape_fast.methods.seeds import isolated_rng
 from landscape_fast.models import MLP, TabM
 from landscape_fast.ops._checks import require
+from landscape_fast.studies._folds import as_text, mean_se, with_errors
 from landscape_fast.studies._tables import Table, load_table
-from landscape_fast.studies.report import format_table, write_results
+from landscape_fast.studies.report import write_results
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def run(size: str = "small", out: Path | None = None, seed: int = 0) -> dict[str
     """Trains and measures all methods on all tables.
 
     Args:
-        size: "tiny", "small" (about two minutes on two CPU cores) or "full".
+        size: "tiny", "small" (minutes on a CPU) or "full".
         out: folder for results.json and results.csv; None writes nothing.
         seed: the first of the seeds.
 
@@ -139,8 +141,7 @@ def run(size: str = "small", out: Path | None = None, seed: int = 0) -> dict[str
 
 def describe(document: dict[str, Any]) -> str:
     """The table and the notes as text."""
-    table = format_table([_shown(row) for row in document["rows"]], COLUMNS)
-    return "\n".join([table, "", *(f"- {note}" for note in document["notes"])])
+    return as_text(map(_shown, document["rows"]), COLUMNS, document["notes"])
 
 
 def _one_seed(table: Table, settings: Settings, seed: int) -> tuple[list[dict], list[str]]:
@@ -210,8 +211,7 @@ def _fit(
 ) -> nn.Module:
     """A trained network, with the weights of its best epoch, in evaluation mode."""
     generator = Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout
+    with isolated_rng(seed, torch.device("cpu")):  # for dropout
         model = build(generator)
         decayed = [p for name, p in model.named_parameters() if not name.endswith("bias")]
         others = [p for name, p in model.named_parameters() if name.endswith("bias")]
@@ -295,9 +295,7 @@ def _measure(table, method, outputs, selection, parameters, seconds) -> dict[str
 
 def _diversity(method: str, outputs: Tensor, table: Table) -> list[str]:
     if table.classes:
-        return [
-            f"{method}: {line}" for line in str(diagnose(outputs, table.y["test"])).splitlines()
-        ]
+        return [f"{method}: {line}" for line in diagnose(outputs, table.y["test"]).lines]
     spread = table.scale * float(outputs[..., 0].std(0).mean())
     return [f"{method}: the members' predictions deviate by {spread:.2f} on average"]
 
@@ -313,37 +311,17 @@ def _summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row[key] = first[key]
         row["seconds"] = sum(run["seconds"] for run in of[method])
         for key in ("score", "member_score", "nll"):
-            row[key], row[f"{key}_se"] = _mean_se([run[key] for run in of[method]])
+            row[key], row[f"{key}_se"] = mean_se([run[key] for run in of[method]])
         sign = 1 if first["classes"] else -1
         pairs = zip(of[method], of["mlp"], strict=True)
-        row["better"], row["better_se"] = _mean_se(
+        row["better"], row["better_se"] = mean_se(
             [sign * (a["score"] - b["score"]) for a, b in pairs]
         )
         rows.append(row)
     return rows
 
 
-def _mean_se(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    if values[0] is None:
-        return None, None
-    mean, n = sum(values) / len(values), len(values)
-    if n < 2:
-        return mean, None
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-
-
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with `mean ± standard error` in place of numbers."""
     form = "{:.2%}" if row["classes"] else "{:.2f}"
-    shown = dict(row)
-    forms = {
-        "score": form,
-        "member_score": form,
-        "nll": "{:.4f}",
-        "better": form.replace(":", ":+"),
-    }
-    for key, how in forms.items():
-        value, error = row[key], row.get(f"{key}_se")
-        text = None if value is None else how.format(value)
-        shown[key] = text if error is None else f"{text} ± {how.replace('+', '').format(error)}"
-    return shown
+    forms = {"score": form, "member_score": form, "nll": "{:.4f}"}
+    return with_errors(row, {**forms, "better": form.replace(":", ":+")})

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -143,13 +143,18 @@ def make_notes(results: dict[str, Result], dataset: Dataset, config: TrainConfig
 
 def write_results(directory: Path, document: dict[str, Any]) -> list[Path]:
     """Writes results.json (everything) and results.csv (the rows); returns their paths."""
+    texts = {"results.json": to_json(document), "results.csv": to_csv(document["rows"])}
+    return write_texts(directory, texts)
+
+
+def write_texts(directory: Path, texts: Mapping[str, str]) -> list[Path]:
+    """Writes each text to the file of its name, which appears complete or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / "results.json", directory / "results.csv"]
-    for path, text in zip(paths, (to_json(document), to_csv(document["rows"])), strict=True):
-        temporary = path.with_name(f".{path.name}.tmp")
+    for name, text in texts.items():
+        temporary = directory / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    return paths
+        os.replace(temporary, directory / name)
+    return [directory / name for name in texts]
 
 
 def write_figures(directory: Path, results: dict[str, Result], dataset: Dataset) -> list[Path]:

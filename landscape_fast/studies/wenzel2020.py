@@ -138,7 +138,8 @@ def run(size: str = "small", out: Path | None = None, seed: int = 0) -> dict[str
     known = tuple(SIZES)
     require(size in known, "wenzel2020.run", "size", f"one of {known}", repr(size))
     settings = SIZES[size]
-    workers = settings.workers or len(os.sched_getaffinity(0))
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
+    workers = settings.workers or (len(affinity(0)) if affinity else os.cpu_count() or 1)
     # a child that is forked from a process with threads may hang, so it is spawned
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
     runs, trials, lines = [], [], []
@@ -235,7 +236,7 @@ def _train(kind: str, settings: Settings, seed: int, fold: int) -> dict[str, dic
 
 def _rows(settings: Settings, seed: int, fold: int):
     dataset = make_folds(settings, seed, fold)
-    parts = hold_out("", dataset.train_x, dataset.train_y, settings.held_out, seed + fold)
+    parts = hold_out("wenzel2020", dataset.train_x, dataset.train_y, settings.held_out, seed + fold)
     return dataset, parts[:2], parts[2:]
 
 

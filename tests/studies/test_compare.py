@@ -157,8 +157,9 @@ BAD = [
     ({"model": "vgg"}, "Problem: model must be one of"),
     ({"fast_init": "zeros"}, "Problem: fast_init must be one of"),
     ({"pixels": "log"}, "Problem: pixels must be one of"),
-    ({"norm": "member"}, r"Problem: norm must be one of \('shared',\); got 'member'"),
+    ({"norm": "member"}, r"must be one of \('shared',\); got 'member'; mlp has no norms"),
     ({"norm": "layer", "model": "resnet20"}, r"norm must be one of \('shared', 'member'\)"),
+    ({"members": True}, "Problem: members must be an integer of at least 1; got True"),
     ({"members": 0}, "Problem: members must be an integer of at least 1; got 0"),
     ({"data": "mnist"}, "Problem: root must be the folder of the mnist files; got None"),
 ]

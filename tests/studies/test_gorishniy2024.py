@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,12 @@ def test_errors():
         load_table("iris")
     with pytest.raises(ValueError, match="size must be one of"):
         study.run("huge")
+
+
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match="load_table: scikit-learn must be installed, .*; pip in"):
+        load_table("wine")
 
 
 def test_a_run_from_end_to_end(tmp_path):

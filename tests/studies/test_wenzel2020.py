@@ -143,6 +143,18 @@ def test_ctrl_c_says_that_nothing_was_saved(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_processes_are_counted_where_affinity_is_unknown(monkeypatch):
+    """As on macOS; one process per CPU, none of which is started before the first method."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(wenzel2020, "_one_fold", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped in fold 1 of 10"):
+        run("small")
+
+
 def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match=r"wenzel2020.run: size must be one of .*; got 'huge'"):
         run("huge")
