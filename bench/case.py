@@ -98,6 +98,7 @@ class Case:
         work: direction -> Work.
         modes: which of MODES make sense; those that need a GPU are left out on the CPU.
         priority: cases run in this order, so a time limit drops the least important.
+        direction: what rows say that was timed, where that is not the direction of the mode.
     """
 
     op: str
@@ -110,6 +111,7 @@ class Case:
     modes: tuple[str, ...] = ("graph", "eager")
     targets: tuple[Target, ...] = field(default=())
     priority: int = 1
+    direction: str = ""
 
     def label(self) -> str:
         """ "M=4 B=128 float32", for people."""

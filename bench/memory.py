@@ -1,11 +1,12 @@
 """Prints what a training step keeps for its backward: ours against tabm and torch-uncertainty.
 
-    python bench/memory.py [--device cuda]
+    python bench/memory.py [--device cuda] [--out rows.jsonl]
 
 Measured in one forward each, parameters not counted; beside it, what `activation_memory` predicts.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,13 +89,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    device = parser.parse_args(arguments).device
+    parser.add_argument("--out", type=Path, help="the rows are appended here as JSON lines")
+    options = parser.parse_args(arguments)
     print(
         f"{'bytes saved for the backward':36}{'':20}{'':10}{'MB':>9}{'predicted':>11}{'x ours':>8}"
     )
-    for r in rows(device):
+    found = rows(options.device)
+    for r in found:
         line = f"{r.case:36}{r.library:20}{r.dtype:10}{r.measured / 1e6:9.2f}"
         print(f"{line}{r.predicted / 1e6:11.2f}{r.ratio:8.2f}")
+    if options.out:
+        with open(options.out, "a") as file:
+            for r in found:
+                file.write(json.dumps({"device": options.device, **r._asdict()}) + "\n")
 
 
 if __name__ == "__main__":

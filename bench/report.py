@@ -12,7 +12,7 @@ WIDTH, LABEL, ROW = 900, 380, 34
 
 
 class Line(NamedTuple):
-    """The newest measurement of ours for one op, shape, dtype, direction and mode."""
+    """The newest measurement of ours for one op, shape, dtype and mode."""
 
     row: dict
     best: dict[str, tuple[float, str]]  # group -> (ratio to its best contestant, its name)
@@ -31,7 +31,7 @@ def read(path: Path) -> list[dict]:
 
 def key(row: dict) -> tuple:
     """What two rows share when they measure the same thing."""
-    return (row["op"], json.dumps(row["shape"]), row["dtype"], row["direction"], row["mode"])
+    return (row["op"], json.dumps(row["shape"]), row["dtype"], row["mode"])
 
 
 def lines(rows: list[dict]) -> list[Line]:

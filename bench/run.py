@@ -80,7 +80,7 @@ def measure(case: Case, mode: str, device: str, settings: timing.Settings, quick
     train = direction != "fwd"
     head = {
         "op": case.op,
-        "direction": direction,
+        "direction": case.direction or direction,
         "mode": mode,
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),

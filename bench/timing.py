@@ -59,8 +59,9 @@ def once(call: Callable[[], object], device: str) -> float:
 
 
 def warm(call: Callable[[], object], device: str, ms: float) -> float:
-    """Calls for `ms` milliseconds, at least twice; returns the fastest one."""
-    call()
+    """Calls for `ms` milliseconds, after two that may compile; returns the fastest one."""
+    for _ in range(2):  # the second may compile anew, as a step does that trains after evaluating
+        call()
     best, spent = math.inf, 0.0
     while spent < ms or best == math.inf:
         took = once(call, device)

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 import types
 from functools import partial
 from xml.etree import ElementTree
@@ -142,6 +143,7 @@ def test_every_op_runs(op, tmp_path):
 def test_cases_and_targets_make_sense(op, device):
     """Targets name contestants that exist, in modes that are run; ours come first."""
     for c in cases(op, device):
+        assert (c.direction == "step") == (c.shape.get("step") == "train")
         everybody = c.contestants(device, True)
         names = {p.name for p in everybody} | {p.group for p in everybody}
         assert everybody[0].group == "ours"
@@ -191,6 +193,12 @@ def test_contestants_take_turns():
     samples = timing.interleave({n: sampler(n) for n in "abc"}, settings)
     assert "".join(turns) == "aabbccccbbaa"
     assert samples == {n: [[1.0, 1.0], [1.0, 1.0]] for n in "abc"}
+
+
+def test_warming_up_takes_no_estimate_from_a_call_that_compiles():
+    """The first call may, and the second: where a model evaluates first and trains then."""
+    times = iter([0.2, 0.2, 0.0])
+    assert timing.warm(lambda: time.sleep(next(times)), "cpu", 1e-6) < 100
 
 
 def test_medians_and_ratios():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import memory, peers
+from bench import gpu, memory, peers, report
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +19,17 @@ def test_ours_keeps_least(rows):
         assert r.predicted == pytest.approx(r.measured, rel=0.05), r
 
 
-def test_report(monkeypatch, capsys, rows):
+def test_report(monkeypatch, capsys, rows, tmp_path):
+    """A printed line for each, and one of JSON, which other readers of the file pass over."""
     monkeypatch.setattr(memory, "rows", lambda device: rows)
-    memory.main(["--device", "cpu"])
+    out = tmp_path / "rows.jsonl"
+    memory.main(["--device", "cpu", "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(rows)
     assert all(len(line) == len(lines[0]) for line in lines)
+    written = report.read(out)
+    assert written == [{"device": "cpu", **row._asdict()} for row in rows]
+    assert report.lines(written) == [] and gpu.summary(written) == gpu.summary([])
 
 
 def test_absent_packages_are_left_out():

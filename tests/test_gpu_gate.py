@@ -78,6 +78,24 @@ def test_the_gate_stays_under_nine_minutes():
     assert {f"bench {op}" for op in OPS} <= set(named)
 
 
+def test_the_main_parts_have_their_time():
+    """Whatever the parts before take of theirs: only what comes after the main benches waits."""
+    parts = gpu.parts("cuda", False, Path("x"))
+    named = [p.name for p in parts]
+    main = parts[: named.index(f"bench {gpu.MAIN}") + 1]
+    assert {"gpu tests", "op tests", "bench batch_ensemble_linear"} <= {p.name for p in main}
+    assert sum(p.seconds for p in main) <= gpu.LIMIT
+
+
+def test_every_gpu_test_belongs_to_a_part():
+    """A test that needs a GPU is run on one."""
+    commands = [word for p in gpu.parts("cuda", False, Path("x")) for word in p.command]
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if path != Path(__file__) and "pytest.mark.gpu" in path.read_text():
+            folder = f"tests/{path.relative_to(ROOT / 'tests').parts[0]}"
+            assert folder in commands, path
+
+
 def test_pytest_lines_keep_what_did_not_pass(tmp_path):
     """One line for a failure, a skip and an error each, and the counts at the end."""
     (tmp_path / "test_some.py").write_text(

@@ -141,7 +141,8 @@ def contestant(name, group, kind, device, train, note="", compiled=False, **opti
 def contestants(device: str, quick: bool, sizes: dict, train: bool) -> list[Contestant]:
     """Our model, tabm's with our layers, tabm's, the formula, compiled, and without factors."""
     of = partial(contestant, device=device, train=train)
-    found = [of("ours (TabM)", "ours", "ours", note=kept("ours", sizes, quick or not train))]
+    unknown = quick or not train or device != "cpu"  # bench/memory.py measures it on a GPU
+    found = [of("ours (TabM)", "ours", "ours", note=kept("ours", sizes, unknown))]
     cls, why = imported("tabm", "TabM")
     for name, group, kind in (
         ("ours (accelerate_)", "ours", "accelerated"),
@@ -150,7 +151,7 @@ def contestants(device: str, quick: bool, sizes: dict, train: bool) -> list[Cont
         if cls is None:
             found.append(missing(name, group, why))
         else:
-            found.append(of(name, group, kind, note=kept(kind, sizes, quick or not train)))
+            found.append(of(name, group, kind, note=kept(kind, sizes, unknown)))
     found.append(of("eager", "eager", "formula"))
     if quick:
         why = "left out of --quick runs: compiling takes too long"
@@ -201,6 +202,7 @@ def cases(device: str, quick: bool) -> list[Case]:
                 ("eager",),
                 targets,
                 priority,
+                "step" if train else "",
             )
         )
     return found
