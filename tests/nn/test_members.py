@@ -138,7 +138,7 @@ class TestReLUDropout:
         x = torch.randn(50, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             y = relu_dropout(x * 1, 0.3)
-        assert [t.data_ptr() for t in kept if t.numel() == 50] == [x.data_ptr(), y.data_ptr()][-1:]
+        assert [t.data_ptr() for t in kept if t.numel() == 50] == [y.data_ptr()]
 
     def test_gradients_of_gradients_and_transforms(self):
         x = torch.randn(20, dtype=torch.float64, requires_grad=True)
@@ -148,11 +148,9 @@ class TestReLUDropout:
             return relu_dropout(x, 0.3).pow(3)
 
         assert torch.autograd.gradgradcheck(function, (x,))
-        torch.manual_seed(3)
-        mask = relu_dropout(torch.ones(20), 0.3) > 0
-        with torch.random.fork_rng():
-            grad = torch.func.grad(lambda x: function(x).sum())(x.detach())
-        assert grad.isfinite().all() and mask.shape == grad.shape
+        (expected,) = torch.autograd.grad(function(x).sum(), x)
+        found = torch.func.grad(lambda x: function(x).sum())(x.detach())
+        torch.testing.assert_close(found, expected)
 
     def test_compiled(self):
         x = torch.randn(64, requires_grad=True)

@@ -22,12 +22,6 @@ from landscape_fast.testing import check_op, check_registered, fenced
 M, B, I, O, H, W = 2, 2, 5, 18, 5, 4
 
 
-@pytest.fixture(autouse=True)
-def _float32_as_such(monkeypatch):
-    """Not as tf32, which torch lets convolutions on a GPU use."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def inputs(I=I, O=O, kernel=(3, 3), shared=False, device="cpu"):
     x = torch.randn(*(() if shared else (M,)), B, H, W, I).movedim(-1, -3)
     shapes = ((O, I, *kernel), (M, I), (M, O), (M, O))
