@@ -10,19 +10,11 @@ namespace {
 
 int64_t pieces(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
-// `count` floats with any content.
-std::unique_ptr<float[], Free> floats(int64_t count) {
-  const size_t bytes = (size_t(count) * sizeof(float) + 64) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes);
-  if (p == nullptr) throw std::bad_alloc();
-  return std::unique_ptr<float[], Free>(static_cast<float*>(p));
-}
-
-// One piece of such memory for each thread.
+// Memory for `count` floats of each thread.
 class Floats {
  public:
   Floats(int64_t count, int threads)
-      : stride_((count + 15) / 16 * 16), memory_(floats(stride_ * threads)) {}
+      : stride_((count + 15) / 16 * 16), memory_(uninitialized<float>(stride_ * threads)) {}
   float* of(int thread) const { return memory_.get() + stride_ * thread; }
 
  private:
@@ -40,7 +32,7 @@ int64_t rows_of_task(const RowsJob& job, int64_t rows, int64_t strip) {
   const int64_t cache = (int64_t(1) << 16) / (job.K < 512 ? 512 : job.K) / strip;
   const int64_t share = rows / 16 / strip;
   int64_t strips = cache < share ? cache : share;
-  strips = strips > 8 ? 8 : strips < 1 ? 1 : strips;
+  strips = strips > MOST_STRIPS ? MOST_STRIPS : strips < 1 ? 1 : strips;
   return strips * strip;
 }
 
@@ -48,7 +40,7 @@ int64_t rows_of_task(const RowsJob& job, int64_t rows, int64_t strip) {
 std::unique_ptr<float[], Free> packed(const Matrix& matrix, int64_t N, int64_t K, Isa which,
                                       int threads) {
   const int64_t panel = LSF_VARIANT(which, tile_sizes)().panel, panels = pieces(N, panel);
-  auto out = floats(panels * panel * K);
+  auto out = uninitialized<float>(panels * panel * K);
   in_parallel(panels, threads, [&](int64_t p, int) {
     LSF_VARIANT(which, pack_panel)
     (matrix.data, matrix.stride_n, matrix.stride_k, N, K, p, out.get() + p * panel * K);
@@ -73,7 +65,7 @@ void by_panels(const RowsJob& job, const float* panels, Isa which, int threads) 
 void flipped(const RowsJob& job, const Matrix& matrix, Isa which, int threads) {
   const int64_t rows = job.M * job.B, panel = LSF_VARIANT(which, tile_sizes)().panel;
   const int64_t count = pieces(rows, panel);
-  const auto panels = floats(count * panel * job.K);
+  const auto panels = uninitialized<float>(count * panel * job.K);
   in_parallel(count, fewer(threads, count), [&](int64_t p, int) {
     LSF_VARIANT(which, pack_rows_panel)(job, p, panels.get() + p * panel * job.K);
   });
@@ -162,14 +154,14 @@ void by_gram(const BatchEnsembleLinear& op, const GramJob& job,
   const int64_t panel = LSF_VARIANT(which, tile_sizes)().panel;
   Partial partial{panel, pieces(op.I, panel) * panel, nullptr, nullptr, nullptr, nullptr};
   const int64_t width = partial.width, O = op.O;
-  partial.dbias = floats(cut.blocks * O);
+  partial.dbias = uninitialized<float>(cut.blocks * O);
   if (job.products) {
-    partial.dweight = floats(cut.chunks * O * width);
-    partial.dr = floats(cut.blocks * cut.ranges * width);
-    partial.ds = floats(cut.blocks * O);
+    partial.dweight = uninitialized<float>(cut.chunks * O * width);
+    partial.dr = uninitialized<float>(cut.blocks * cut.ranges * width);
+    partial.ds = uninitialized<float>(cut.blocks * O);
   }
   const int64_t tasks = cut.chunks * cut.ranges;
-  const Floats scratch(LSF_VARIANT(which, gram_scratch)(job, cut.outputs), fewer(threads, tasks));
+  const Floats scratch(LSF_VARIANT(which, gram_scratch)(cut.outputs), fewer(threads, tasks));
   in_parallel(tasks, fewer(threads, tasks), [&](int64_t index, int thread) {
     const int64_t chunk = index / cut.ranges, range = index % cut.ranges;
     const int64_t o = range * cut.outputs, o_last = o + cut.outputs < O ? o + cut.outputs : O;
@@ -178,10 +170,14 @@ void by_gram(const BatchEnsembleLinear& op, const GramJob& job,
       const int64_t m = block / cut.blocks_of_member;
       const int64_t b = block % cut.blocks_of_member * GRAM_BLOCK;
       const int64_t b_last = b + GRAM_BLOCK < op.B ? b + GRAM_BLOCK : op.B;
-      const GramParts parts{partial.dweight.get() + chunk * O * width + o * panel,
-                            O * panel,
-                            partial.dr.get() + (block * cut.ranges + range) * width,
-                            partial.ds.get() + block * O + o, partial.dbias.get() + block * O + o};
+      GramParts parts{};
+      parts.dbias = partial.dbias.get() + block * O + o;
+      if (job.products) {
+        parts.dweight = partial.dweight.get() + chunk * O * width + o * panel;
+        parts.stride = O * panel;
+        parts.dr = partial.dr.get() + (block * cut.ranges + range) * width;
+        parts.ds = partial.ds.get() + block * O + o;
+      }
       LSF_VARIANT(which, gram_block)
       (job, m, b, b_last, o, o_last, block == which_blocks.first, parts, scratch.of(thread));
     }

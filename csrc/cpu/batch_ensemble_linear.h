@@ -30,12 +30,6 @@ struct RowsJob {
   bool relu;
 };
 
-// How rows of all members are numbered: along the output's memory. Inline functions of these files
-// are static: the linker must not share a copy compiled for AVX-512.
-static inline bool examples_outermost(const RowsJob& job) {
-  return job.out_stride_b > job.out_stride_m;
-}
-
 struct GramJob {
   int64_t M, B, I, O;
   MemberRows dy, x;
@@ -55,6 +49,7 @@ struct GramParts {
 };
 
 constexpr int64_t GRAM_BLOCK = 256;  // examples of a block of `gram`
+constexpr int64_t MOST_STRIPS = 8;   // of rows, in one task of `rows`
 
 #define LSF_RANK_ONE_ENTRY_POINTS(ISA)                                                            \
   namespace ISA {                                                                                 \
@@ -62,9 +57,9 @@ constexpr int64_t GRAM_BLOCK = 256;  // examples of a block of `gram`
   /* Panel `p` of a matrix [N, K] into out [K, panel], zeros beyond N. */                         \
   void pack_panel(const float* matrix, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K,  \
                   int64_t p, float* out);                                                         \
-  /* Rows [first, last), by member (or only of member `m` where they are added up), times all     \
-     panels. */                                                                                   \
   int64_t rows_scratch(const RowsJob& job, int64_t rows);                                         \
+  /* Rows [first, last) of those of all members, or, where members are added up, of each, times   \
+     all panels. */                                                                               \
   void rows_task(const RowsJob& job, const float* panels, int64_t first, int64_t last,            \
                  float* scratch);                                                                 \
   /* Panel `p` of rows * factor, zeros beyond the last row. */                                    \
@@ -74,7 +69,7 @@ constexpr int64_t GRAM_BLOCK = 256;  // examples of a block of `gram`
   void flipped_task(const RowsJob& job, const float* panels, const float* matrix,                 \
                     int64_t stride_n, int64_t n, int64_t n_last, float* scratch);                 \
   /* Examples [b, b_last) of member m, outputs [o, o_last). */                                    \
-  int64_t gram_scratch(const GramJob& job, int64_t outputs);                                      \
+  int64_t gram_scratch(int64_t outputs);                                                          \
   void gram_block(const GramJob& job, int64_t m, int64_t b, int64_t b_last, int64_t o,            \
                   int64_t o_last, bool first, const GramParts& parts, float* scratch);            \
   }

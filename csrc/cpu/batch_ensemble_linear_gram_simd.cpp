@@ -116,7 +116,7 @@ void use_panel(const float* columns, const float* panel, int64_t examples, int64
 
 namespace LSF_ISA {
 
-int64_t gram_scratch(const GramJob&, int64_t outputs) {
+int64_t gram_scratch(int64_t outputs) {
   return whole(outputs, STRIP) * GRAM_BLOCK + GROUP * GRAM_BLOCK * PANEL + outputs * (LANES + 2);
 }
 

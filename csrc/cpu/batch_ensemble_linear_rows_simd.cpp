@@ -6,7 +6,6 @@ namespace landscape_fast {
 namespace {
 
 constexpr int64_t K_BLOCK = 512;  // products added in a register before they go to the tile's sum
-constexpr int64_t MOST_ROWS = 8 * STRIP;  // of a task
 static_assert(ROW_STRIDE > K_BLOCK, "a row of a strip holds a block");
 
 constexpr int64_t FLIPPED_STRIPS = 4;     // of the matrix, in one task
@@ -37,9 +36,11 @@ Row row_of(const RowsJob& job, int64_t m, int64_t b) {
   return row;
 }
 
+// Rows of all members are numbered along the output's memory.
 Row numbered(const RowsJob& job, int64_t index) {
-  return examples_outermost(job) ? row_of(job, index % job.M, index / job.M)
-                                 : row_of(job, index / job.B, index % job.B);
+  const bool examples_outermost = job.out_stride_b > job.out_stride_m;
+  return examples_outermost ? row_of(job, index % job.M, index / job.M)
+                            : row_of(job, index / job.B, index % job.B);
 }
 
 // out[k] = in[k] * factor[k], or 0 where the ReLU was shut, for k in [first, last).
@@ -172,7 +173,7 @@ int64_t rows_scratch(const RowsJob& job, int64_t rows) {
 
 void rows_task(const RowsJob& job, const float* panels, int64_t first, int64_t last,
                float* scratch) {
-  Row rows[MOST_ROWS];
+  Row rows[MOST_STRIPS * STRIP];
   const int64_t count = last - first;
   if (job.out_stride_m != 0) {
     for (int64_t i = 0; i < count; ++i) rows[i] = numbered(job, first + i);

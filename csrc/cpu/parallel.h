@@ -32,14 +32,21 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// `count` zeros, on a cache line. Throws std::bad_alloc, which Python sees as MemoryError.
+// `count` numbers of any value, on a cache line. Throws std::bad_alloc, which Python sees as
+// MemoryError.
 template <class T>
-std::unique_ptr<T[], Free> zeros(int64_t count) {
+std::unique_ptr<T[], Free> uninitialized(int64_t count) {
   const size_t bytes = (size_t(count) * sizeof(T) + 64) / 64 * 64;
   void* p = std::aligned_alloc(64, bytes);
   if (p == nullptr) throw std::bad_alloc();
-  memset(p, 0, bytes);
   return std::unique_ptr<T[], Free>(static_cast<T*>(p));
+}
+
+template <class T>
+std::unique_ptr<T[], Free> zeros(int64_t count) {
+  auto p = uninitialized<T>(count);
+  memset(p.get(), 0, size_t(count) * sizeof(T));
+  return p;
 }
 
 // Scratch memory of `bytes` for each thread, a whole number of cache lines apart.
