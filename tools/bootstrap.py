@@ -30,6 +30,7 @@ STAMP = VENV / "landscape-fast.json"  # what .venv is; gets its key when all is 
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 6)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+QUICK = ["--retries", "0", "--timeout", "15"]  # a machine without a network must not wait
 COMMANDS = {
     "demo": ["-m", "landscape_fast", "demo"],
     "test": ["-m", "pytest"],
@@ -190,7 +191,7 @@ def find_pip(python: str) -> list | None:
 
 
 def requirements(extra: str = "test") -> dict:
-    """The requirements of the `test` extra (it contains the others that `make` uses), by name.
+    """The requirements of an extra (`test` contains the others that `make` uses), by name.
 
     The list `alone` has packages whose own requirements must not come along.
     """
@@ -243,8 +244,7 @@ def install_layer(pip: list, parent: dict) -> None:
                 if re.fullmatch(r"\d[\w.+!]*", version or "")
             )
         )
-        quick = ["--retries", "0", "--timeout", "15"]  # a machine without a network must not wait
-        if not run([*pip, "install", "-q", *quick, "-c", pins, *missing]):
+        if not run([*pip, "install", "-q", *QUICK, "-c", pins, *missing]):
             say("they could not be installed; the tests that need them are skipped")
     if not run([*pip, "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]):
         raise Problem("pip could not install landscape_fast into .venv (see above)")
@@ -257,8 +257,7 @@ def install_alone(pip: list) -> None:
     versions = json.loads(answer([venv_python(), "-c", VERSIONS]) or "{}")
     there = {normal(name) for name in versions}
     missing = [need for name, need in requirements("alone").items() if normal(name) not in there]
-    quick = ["--retries", "0", "--timeout", "15"]
-    if missing and not run([*pip, "install", "-q", "--no-deps", *quick, *missing]):
+    if missing and not run([*pip, "install", "-q", "--no-deps", *QUICK, *missing]):
         say(f"{', '.join(missing)}: not installed; the tests that compare with it are skipped")
 
 
