@@ -6,6 +6,8 @@ import sys
 import types
 
 import pytest
+import torch
+from torch import nn
 
 TU_LAYERS = "torch_uncertainty.layers.batch_ensemble"
 
@@ -35,3 +37,18 @@ def torch_uncertainty_layers():
     sys.modules[TU_LAYERS] = module  # under its own name, by which accelerate_ knows its classes
     spec.loader.exec_module(module)
     return module
+
+
+def run(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of all floating inputs and parameters."""
+    own = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    torch.manual_seed(11)  # the same dropout masks
+    y = model(*own)
+    wanted = [x for x in own if x.requires_grad] + list(model.parameters())
+    return [y, *torch.autograd.grad(y.sin().sum(), wanted)]
+
+
+def assert_equal_runs(one, two, *inputs: torch.Tensor, rtol=1e-12, atol=1e-13) -> None:
+    """What two models compute and all their gradients agree to rounding."""
+    for a, b in zip(run(one, *inputs), run(two, *inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)

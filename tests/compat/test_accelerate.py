@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from landscape_fast.compat import accelerate_, restore_
 from landscape_fast.compat._swap import Swapped
+from landscape_fast.nn import saved_bytes
 
 F64 = {"dtype": torch.float64}
 ARCHS = ["tabm", "tabm-mini", "tabm-packed"]
@@ -33,17 +35,7 @@ def rows(n=7, members=()):
     return torch.randn(n, *members, 6, **F64), x_cat
 
 
-def run(model, *inputs):
-    torch.manual_seed(3)  # the same dropout masks
-    inputs = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    y = model(*inputs)
-    wanted = [*inputs[:1], *model.parameters()]
-    return [y, *torch.autograd.grad(y.sin().sum(), wanted)]
-
-
-def assert_same(one, two, *inputs):
-    for a, b in zip(run(one, *inputs), run(two, *inputs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+assert_same = partial(peers.assert_equal_runs, rtol=1e-11, atol=1e-12)
 
 
 class TestTabM:
@@ -110,7 +102,7 @@ class TestTabM:
         twins += [pickle.loads(pickle.dumps(model, protocol)) for protocol in (2, 4)]
         for twin in twins:
             assert type(twin.output) is type(model.output)
-            pairs = zip(run(twin, *rows()), run(model, *rows()), strict=True)
+            pairs = zip(peers.run(twin, *rows()), peers.run(model, *rows()), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
 
     def test_it_can_be_undone(self, tabm):
@@ -134,7 +126,7 @@ class TestTabM:
             ]
             module.register_forward_hook(lambda m, x, y, own=own: own.append((x[0], y)))
             module.register_full_backward_hook(lambda m, gx, gy, own=own: own.append((gy[0],)))
-            run(model, *rows())
+            peers.run(model, *rows())
             assert len(own) == 2
             seen.append([t.expand_as(u) for a in own for t, u in zip(a, a, strict=True)])
         for a, b in zip(*seen, strict=True):
@@ -143,24 +135,9 @@ class TestTabM:
     def test_it_keeps_less_for_the_backward(self, tabm):
         """At most two activations per block, where tabm keeps five (three of the layer's)."""
         model = make(tabm, d_block=256, n_blocks=4, k=8).float()
-
-        def held():
-            sizes, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-            def pack(t):
-                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-                return t
-
-            x_num, x_cat = rows(64)
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                y = model(x_num.float(), x_cat)
-            kept = sum(size for where, size in sizes.items() if where not in own)
-            y.sum().backward()
-            return kept
-
-        before = held()
-        accelerate_(model)
-        assert held() <= before / 2.5
+        x_num, x_cat = rows(64)
+        before = saved_bytes(model, x_num.float(), x_cat)
+        assert saved_bytes(accelerate_(model), x_num.float(), x_cat) <= before / 2.5
 
     def test_what_must_not_change_does_not(self, tabm):
         """A subclass with its own forward, an instance with one, parametrised weights, meta."""

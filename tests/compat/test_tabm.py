@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
+from compat.peers import assert_equal_runs
 from compat.peers import tabm as imported
 from torch import nn
 
 from landscape_fast.compat import accelerate_
 from landscape_fast.compat import tabm as ours
-from landscape_fast.nn import extract_member
+from landscape_fast.nn import extract_member, saved_bytes
 from landscape_fast.testing import check_layer
 
 B, K, I, O = 5, 3, 4, 6
@@ -22,20 +23,6 @@ F64 = {"dtype": torch.float64}
 @pytest.fixture
 def peer():
     return imported()
-
-
-def assert_equal_runs(one: nn.Module, two: nn.Module, *inputs: torch.Tensor) -> None:
-    """Outputs and the gradients of all floating inputs and parameters agree to rounding."""
-
-    def run(model):
-        own = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
-        torch.manual_seed(11)  # for dropout
-        y = model(*own)
-        wanted = [x for x in own if x.requires_grad] + list(model.parameters())
-        return [y, *torch.autograd.grad(y.sin().sum(), wanted)]
-
-    for a, b in zip(run(one), run(two), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 def both(peer, name: str, *arguments, seed: int = 7, **options):
@@ -112,15 +99,7 @@ def test_members_may_share_the_memory_of_their_input(peer):
 def test_the_backward_of_a_shared_batch_keeps_no_copy_per_member():
     layer = ours.LinearBatchEnsemble(64, 8, k=32, scaling_init="ones")
     x = ours.EnsembleView(k=32)(torch.randn(16, 64))
-    held = set()
-
-    def pack(t):
-        held.add((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()))
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x)
-    assert max(size for _, size in held) < x.numel() * x.element_size() / 4
+    assert saved_bytes(layer, x) < x.numel() * x.element_size() / 4
 
 
 BACKBONE = {"d_in": I, "n_blocks": 2, "d_block": O, "dropout": 0.3, "k": K}

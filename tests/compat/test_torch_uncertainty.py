@@ -40,14 +40,7 @@ def test_layers_are_those_of_the_package(name, arguments, options, shape):
     states = one.state_dict(), two.state_dict()
     assert list(states[0]) == list(states[1])
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    x, found = torch.randn(*shape, **F64), []
-    for layer in made:
-        own = x.clone().requires_grad_()
-        y = layer(own)
-        grads = torch.autograd.grad(y.sin().sum(), [own, *layer.parameters()])
-        found.append([y, *grads])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    peers.assert_equal_runs(one, two, torch.randn(*shape, **F64))
 
 
 @every_layer
