@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Generator, Tensor, nn
 
+from landscape_fast.nn.members import MemberLinear
 from landscape_fast.ops._checks import require
 
 Factory = Callable[..., nn.Module]
@@ -33,10 +34,14 @@ class Network(nn.Module):
     def _start(self, initialise: Callable, generator: Generator | None) -> None:
         """New weights and biases by `initialise`, and new factors where a layer has some."""
         for layer in self.modules():
-            weight = getattr(layer, "weight", None)
+            weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
             norm = hasattr(layer, "eps")  # with members, its weight is a matrix, too
-            if isinstance(weight, Tensor) and weight.ndim > 1 and not norm:
-                initialise(weight, getattr(layer, "bias", None), generator)
+            if isinstance(layer, MemberLinear):
+                for i in range(layer.members):  # [M, I, O], every member drawn by itself
+                    own = None if bias is None else bias.detach()[i]
+                    initialise(weight.detach()[i].T, own, generator)
+            elif isinstance(weight, Tensor) and weight.ndim > 1 and not norm:
+                initialise(weight, bias, generator)
             if hasattr(layer, "reset_factors"):
                 layer.reset_factors(generator)
 

@@ -170,18 +170,17 @@ class BatchEnsembleMultiheadAttention(nn.Module):
         has_bias, weight = self.out_proj.bias is not None, self.out_proj.weight
         sizes = {"kdim": self.kdim, "vdim": self.vdim, "batch_first": self.batch_first}
         shape = (self.embed_dim, self.num_heads, self.dropout, has_bias)
-        plain = nn.MultiheadAttention(*shape, **sizes, device=weight.device, dtype=weight.dtype)
+        plain = nn.MultiheadAttention(*shape, **sizes, device="meta", dtype=weight.dtype)
         own = [getattr(self, name).member(i) for name in NAMES]
         if plain.in_proj_weight is not None:
-            plain.in_proj_weight.copy_(torch.cat([layer.weight for layer in own]))
-            plain.in_proj_weight.requires_grad_(self.q_proj.weight.requires_grad)
+            plain.in_proj_weight = _joined([layer.weight for layer in own])
         else:
             for name, layer in zip(NAMES, own, strict=True):
                 setattr(plain, f"{name}_weight", layer.weight)
         out = self.out_proj.member(i)
         plain.out_proj.weight = out.weight
         if has_bias:
-            plain.in_proj_bias.copy_(torch.cat([layer.bias for layer in own]))
+            plain.in_proj_bias = _joined([layer.bias for layer in own])
             plain.out_proj.bias = out.bias
         return plain.train(self.training)
 
@@ -320,6 +319,10 @@ def _projections(layer: nn.MultiheadAttention) -> dict[str, nn.Linear]:
 
 def _part(packed: Parameter, j: int) -> Parameter:
     return Parameter(packed.detach().chunk(3)[j].clone(), requires_grad=packed.requires_grad)
+
+
+def _joined(parts: list[Parameter]) -> Parameter:
+    return Parameter(torch.cat(parts), requires_grad=parts[0].requires_grad)
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -68,14 +68,16 @@ def convert_(
     reads the weights of its layers, then stays off. Weights, dtype, device, requires_grad and
     train mode stay. With r and s all ones every member computes what `model` did. A module used in
     several places is converted once and stays shared; the weight Parameters stay the same objects,
-    so tied weights stay tied and an optimiser needs only the new parameters (r, s, the bias per
-    member, and those of an attention whose input projections were packed in one). If an error is
-    raised, nothing has changed.
+    but those of norms per member, which are copies. So tied weights stay tied and an optimiser
+    needs only the new parameters (r, s, the bias per member, those of norms per member, and those
+    of an attention whose input projections were packed in one). If an error is raised, nothing has
+    changed.
 
-    `ensemble_layers(model)` lists what was converted, and the logger `landscape_fast.nn.convert`
-    tells it at level INFO. The remaining modules must understand the layout: activations and
-    `nn.Linear` take [M, B, ...]; pooling, shared batch normalisation, plain convolutions and
-    `nn.Flatten` want layout="folded", with `FoldedEnsemble` around the result.
+    `ensemble_layers(model)` lists the layers with factors, and the logger
+    `landscape_fast.nn.convert` tells at level INFO what was converted. The remaining modules must
+    understand the layout: activations and `nn.Linear` take [M, B, ...]; pooling, shared batch
+    normalisation, plain convolutions and `nn.Flatten` want layout="folded", with `FoldedEnsemble`
+    around the result.
 
     Args:
         model: a network, or a single layer, which is then returned converted.
@@ -190,7 +192,7 @@ def _refuse(layer: nn.Module, lineage: Sequence, chosen: Container) -> None:
     remedy = f"exclude={name!r} leaves it as it is"
     hooks = [hook for part in layer.modules() for hook in _HOOKS if getattr(part, hook, None)]
     parametrized = [part for part in layer.modules() if parametrize.is_parametrized(part)]
-    readers = [type(m).__name__ for _, m in lineage[1:] if _reads(m, chosen)]
+    readers = [type(m).__name__ for _, m in lineage if m is not layer and _reads(m, chosen)]
     if parametrized:
         rule, got = "free of parametrizations", ", ".join(parametrized[0].parametrizations)
     elif readers:

@@ -17,6 +17,7 @@ from landscape_fast.nn import (
     HyperBatchConv2d,
     HyperBatchLinear,
     HyperBatchNetwork,
+    MemberLinear,
     convert_,
     ensemble_layers,
     extract_member,
@@ -302,6 +303,9 @@ def test_it_starts_by_he_and_from_one_generator():
         if isinstance(layer, nn.BatchNorm2d):
             assert (layer.weight == 1).all() and (layer.bias == 0).all()
     assert (resnet20().head.bias == 0).all()
+    head = resnet20(linear=partial(MemberLinear, members=M)).head
+    # 1920 numbers, so 4 times 1 / sqrt(2 * 1920)
+    assert float(head.weight.detach().std()) == pytest.approx((2 / 64) ** 0.5, rel=0.065)
 
 
 @pytest.mark.parametrize("variant", ["resnet", "wide"])

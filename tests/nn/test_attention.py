@@ -208,6 +208,16 @@ def test_from_attention_keeps_what_it_is(sizes, tie):
     assert torch.equal(attention(*[t.repeat(M, 1, 1) for t in (q, k, v)])[0], y)
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_member_draws_nothing_and_what_is_frozen_stays_so(sizes):
+    attention = BatchEnsembleMultiheadAttention(E, H, M, **sizes)
+    before = torch.get_rng_state()
+    assert all(p.requires_grad and p.is_leaf for p in attention.member(1).parameters())
+    frozen = attention.requires_grad_(False).member(1)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert torch.equal(before, torch.get_rng_state())
+
+
 class Alone(nn.Module):
     """Self-attention with one input and one output."""
 

@@ -104,6 +104,12 @@ def test_shared_and_tied_stay_so():
     assert list(net._modules) == ["stem", "blocks", "heads", "names"]
 
 
+def test_an_attention_used_twice_stays_one():
+    plain = nn.MultiheadAttention(4, 2)
+    net = convert_(nn.ModuleList([plain, plain]), M, layout="folded")
+    assert net[0] is net[1] and len(ensemble_layers(net)) == 4
+
+
 def test_a_single_layer_is_returned():
     plain = nn.Linear(4, 5)
     layer = convert_(plain, M, bias="shared", r_init="random_sign")
