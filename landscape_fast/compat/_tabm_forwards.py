@@ -17,7 +17,7 @@ def _linear_ensemble(self, x: Tensor) -> Tensor:
 
 def _backbone(self, x: Tensor) -> Tensor:
     require(x.ndim >= 2, type(self).__name__, "x", "[B, k, D] or [B, D]", list(x.shape))
-    return run_blocks(getattr(self, "affine", None), self.blocks, x)
+    return run_blocks(getattr(self, "affine", None), self.blocks, x, getattr(self, "k", 1))
 
 
 METHODS = {

@@ -206,7 +206,8 @@ class LinearBatchEnsemble(BatchEnsembleLinear):
 def with_activation(layer, x: Tensor, activation: str | None = None) -> Tensor:
     """The forward of `LinearBatchEnsemble`, also for layers of `tabm` itself."""
     weight, r = layer.weight, layer.r
-    if x.ndim not in (2, 3) or x.shape[-1] != weight.shape[1]:
+    fits = x.ndim == 2 or x.ndim == 3 and x.shape[1] in (1, len(r))
+    if not fits or x.shape[-1] != weight.shape[1]:
         rule = f"[B, k, I] with k = {len(r)}, I = {weight.shape[1]}"
         require(False, "LinearBatchEnsemble", "x", rule, list(x.shape))
     if x.ndim == 3 and _one_for_all(x, r.shape[0]):

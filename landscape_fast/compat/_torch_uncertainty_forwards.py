@@ -5,14 +5,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from landscape_fast.models._tabm_blocks import hooked
 from landscape_fast.nn.functional import batch_ensemble_conv
 from landscape_fast.ops.batch_ensemble_linear import batch_ensemble_linear
 
 # rows, members, device -> the member of each row, where M does not divide the rows
 Rule = Callable[[int, int, torch.device], Tensor]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def linear_forward(self, inputs: Tensor, rule: Rule) -> Tensor:
@@ -53,7 +52,7 @@ def _peer_rule(rows: int, members: int, device: torch.device) -> Tensor:
     return torch.where(n < members * per_member, n, n - members * per_member) // per_member
 
 
-def _watched(self, plain: nn.Module) -> bool:
+def _watched(plain: nn.Module) -> bool:
     """Whether something would notice that the inner layer is not called."""
     usual = type(plain).forward in (
         nn.Linear.forward,
@@ -61,12 +60,12 @@ def _watched(self, plain: nn.Module) -> bool:
         nn.Conv2d.forward,
         nn.ConvTranspose2d.forward,
     )
-    return not usual or _has_any_global_hook() or any(getattr(plain, name) for name in _HOOKS)
+    return not usual or hooked(plain)
 
 
 def _linear(self, inputs: Tensor) -> Tensor:
     odd = inputs.ndim != 2 or inputs.shape[0] < self.num_estimators
-    if odd or self.linear.bias is not None or _watched(self, self.linear):
+    if odd or self.linear.bias is not None or _watched(self.linear):
         return self._peer.forward(self, inputs)
     return linear_forward(self, inputs, _peer_rule)
 
@@ -74,7 +73,7 @@ def _linear(self, inputs: Tensor) -> Tensor:
 def _conv(self, inputs: Tensor) -> Tensor:
     conv = self.conv_transpose if hasattr(self, "conv_transpose") else self.conv
     odd = inputs.ndim != conv.weight.ndim or inputs.shape[0] < self.num_estimators
-    if odd or conv.bias is not None or _watched(self, conv):
+    if odd or conv.bias is not None or _watched(conv):
         return self._peer.forward(self, inputs)
     return conv_forward(self, conv, inputs, _peer_rule)
 

@@ -191,7 +191,7 @@ def make_tabm_backbone(
 
 
 class TabM(models.TabM):
-    """`landscape_fast.models.TabM` whose layers are instances of the classes of this module.
+    """`landscape_fast.models.TabM` whose linear layers with members are those of this module.
 
     Args:
         options: see there.

@@ -15,6 +15,8 @@ from landscape_fast.nn.functional import check_count
 from landscape_fast.ops._checks import require
 from landscape_fast.ops.batch_ensemble_linear import batch_ensemble_linear
 
+_SCALES = ("MemberScale", "ElementwiseAffine")  # the latter also of the package `tabm`
+
 
 class TabMBackbone(nn.Module):
     """The blocks of k MLPs: [B, k, d_in], or shared [B, d_in] -> [B, k, d_block].
@@ -61,7 +63,7 @@ class TabMBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, k, d_in] or shared [B, d_in] -> [B, k, d_block]."""
-        return run_blocks(self.affine, self.blocks, x)
+        return run_blocks(self.affine, self.blocks, x, self.k)
 
 
 class TabMMember(nn.Module):
@@ -89,7 +91,7 @@ class TabMMember(nn.Module):
         return x if self.output is None else self.output(x)
 
 
-def run_blocks(affine: nn.Module | None, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+def run_blocks(affine: nn.Module | None, blocks: nn.ModuleList, x: Tensor, k: int) -> Tensor:
     """The blocks of a TabM, one after the other, in fewer passes where nobody can tell.
 
     A scale in front of a shared `nn.Linear` becomes one product with it; ReLU becomes a part of the
@@ -99,15 +101,15 @@ def run_blocks(affine: nn.Module | None, blocks: nn.ModuleList, x: Tensor) -> Te
     first = blocks[0]
     if affine is not None:
         x = x if x.ndim == 3 else x.unsqueeze(1)
-        layer = first[0]
-        fusible = affine.bias is None and type(layer) is nn.Linear and x.is_floating_point()
-        if fusible and _is_plain_block(first) and not _hooked(affine, layer):
-            x = x[:, 0] if x.shape[1] == 1 else x
+        scale = type(affine).__name__ in _SCALES and affine.bias is None
+        plain = _is_plain_block(first) and type(first[0]) is nn.Linear
+        if scale and plain and x.is_floating_point() and not hooked(affine, first[0]):
+            x, layer = x[:, 0] if x.shape[1] == 1 else x, first[0]
             factors = (affine.weight, None, layer.bias)
             x = _relu_dropout(first, lambda **o: _product(x, layer.weight, *factors, **o))
             blocks = blocks[1:]
         else:
-            x = affine(x)
+            x = affine(x.expand(-1, k, -1) if x.shape[1] == 1 else x)
     for block in blocks:
         if not _is_plain_block(block):
             x = block(x)
@@ -117,7 +119,7 @@ def run_blocks(affine: nn.Module | None, blocks: nn.ModuleList, x: Tensor) -> Te
             run = partial(_product, x, layer.weight, layer.r, layer.s, layer.bias)
         else:
             run = partial(layer.with_activation, x) if hasattr(layer, "with_activation") else None
-        if run is None or _hooked(layer):
+        if run is None or hooked(layer):
             x = relu_dropout(layer(x), block[2].p, block[2].training)
         else:
             x = _relu_dropout(block, run)
@@ -142,14 +144,14 @@ def _is_plain_block(block: nn.Module) -> bool:
         return False
     _, relu, dropout = block
     plain = type(relu) is nn.ReLU and type(dropout) is nn.Dropout and 0 <= dropout.p < 1
-    return plain and not _hooked(block, relu, dropout)
+    return plain and not hooked(block, relu, dropout)
 
 
 def _is_plain_layer(layer: BatchEnsembleLinear) -> bool:
     return layer.layout == "batch_major" and layer.rank == 1 and layer.activation is None
 
 
-def _hooked(*modules: nn.Module) -> bool:
+def hooked(*modules: nn.Module) -> bool:
     """Whether something would notice that one of the modules is not called as it stands."""
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:

@@ -105,7 +105,8 @@ class TabM(nn.Module):
         rule = f"one of {starts} with arch_type {arch_type!r}"
         given = repr(start_scaling_init)
         require(start_scaling_init in starts, "TabM", "start_scaling_init", rule, given)
-        n_blocks = n_blocks or (3 if num_embeddings is None else 2)
+        if n_blocks is None:
+            n_blocks = 3 if num_embeddings is None else 2
         self.num_module = num_embeddings
         self.cat_module = OneHot(cardinalities) if cardinalities else None
         self.arch_type, self.start_scaling_init = arch_type, start_scaling_init

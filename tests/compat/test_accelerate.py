@@ -208,9 +208,14 @@ class TestTorchUncertainty:
         peer, calls = peers.torch_uncertainty_layers(), []
         layer = accelerate_(getattr(peer, name)(*arguments, **options, **F64))
         inner = next(layer.children())
-        inner.register_forward_hook(lambda *_: calls.append(1))
+        handle = inner.register_forward_hook(lambda *_: calls.append(1))
         layer(torch.randn(*shape, **F64))
         assert calls == [1]
+        handle.remove()
+        usual = inner.forward
+        inner.forward = lambda x: calls.append(2) or usual(x)
+        layer(torch.randn(*shape, **F64))
+        assert calls == [1, 2]
 
     def test_copies_travel(self, name, arguments, options, shape):
         peer, x = peers.torch_uncertainty_layers(), torch.randn(*shape, **F64)

@@ -136,6 +136,14 @@ def test_backbones_are_those_of_the_package(peer, name, options):
         assert one.k == two.k
 
 
+def test_a_shift_reads_rows_of_all_members():
+    backbone = ours.MLPBackboneMiniEnsemble(
+        **BACKBONE, affine_bias=True, affine_scaling_init="normal"
+    ).eval()
+    x = torch.randn(B, I)
+    torch.testing.assert_close(backbone(x), backbone(ours.ensemble_view(x, K, True)))
+
+
 def replaced(function: str, **options):
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.LayerNorm(3), nn.Linear(3, 2))
     getattr(ours, function)(model, **options)
@@ -221,6 +229,8 @@ def test_errors():
     layer = ours.LinearBatchEnsemble(I, O, k=K, scaling_init="ones")
     with pytest.raises(ValueError, match=r"x must be \[B, k, I\] with k = 3, I = 4"):
         layer(torch.zeros(B, K, I + 1))
+    with pytest.raises(ValueError, match=r"x must be \[B, k, I\] with k = 3.*; got \[5, 2, 4\]"):
+        layer(torch.zeros(B, 2, I))
     with pytest.raises(ValueError, match=r"x must be \[B, k, I\] with k = 3, I = 4; got \[5, 4\]"):
         ours.LinearEnsemble(I, O, k=K)(torch.zeros(B, I))
     with pytest.raises(ValueError, match=r"x must be \[..., 3, 4\]"):

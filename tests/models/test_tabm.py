@@ -11,7 +11,7 @@ from landscape_fast.landscape.diversity import pair_diversity
 from landscape_fast.methods import param_groups, select_members
 from landscape_fast.models import TabM
 from landscape_fast.models.tabm import ARCHS
-from landscape_fast.nn import extract_member, saved_bytes, to_deep_ensemble
+from landscape_fast.nn import MemberScale, extract_member, saved_bytes, to_deep_ensemble
 from landscape_fast.testing import check_layer
 
 B, K = 5, 4
@@ -156,6 +156,27 @@ def test_activations_and_eval_mode(activation):
     assert torch.equal(model.eval()(*inputs), model(*inputs))
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_scale_can_be_replaced(hooked):
+    """What stands in for it is called, and sees a row per member."""
+
+    class Shifted(MemberScale):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model, x = make("tabm-mini", cat_cardinalities=None).eval(), rows()[0]
+    for affine in (model.backbone.affine, Shifted((K, 6), dtype=torch.float64), nn.Identity()):
+        model.backbone.affine = affine
+        y = affine(x.unsqueeze(1).expand(-1, K, -1))
+        for block in model.backbone.blocks:
+            y = block(y)
+        seen = []
+        if hooked:
+            affine.register_forward_hook(lambda m, x, y, seen=seen: seen.append(x[0].shape))
+        torch.testing.assert_close(model(x), model.output(y))
+        assert seen == [(B, K, 6)] * hooked
+
+
 def test_our_tools_know_the_model():
     model = make("tabm-mini")
     (fast,) = param_groups(model, lr=0.1, fast_lr_mult=0.5)[1]["params"]
@@ -176,6 +197,7 @@ def test_errors():
         ({"start_scaling_init": "normal", "arch_type": "tabm-packed"}, r"one of \(None,\)"),
         ({"activation": "Foo"}, "activation must be a class of torch.nn"),
         ({"k": 0}, "k must be an integer of at least 1"),
+        ({"n_blocks": 0}, "n_blocks must be an integer of at least 1; got 0"),
         ({"num_embeddings": nn.Identity()}, "a module with get_output_shape"),
         ({"num_embeddings": Embedding(), "n_num_features": 5}, r"of output shape \(5, d\)"),
     ):
