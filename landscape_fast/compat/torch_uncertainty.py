@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from landscape_fast.compat._torch_uncertainty_forwards import conv_forward, linear_forward
+from landscape_fast.nn import init
 from landscape_fast.nn._rank_one import check_member
 from landscape_fast.nn.functional import check_count, merged_weight
 from landscape_fast.ops._checks import require
@@ -47,10 +48,10 @@ class _Layer(nn.Module):
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """New factors from N(1, 0.5), and biases within 1 / sqrt(fan_in), each member's own."""
         for factor in (self.r_group, self.s_group):
-            nn.init.normal_(factor, 1.0, 0.5, generator=generator)
+            init.Normal(1.0, 0.5)(factor, generator)
         if self.bias is not None:
             bound = 1 / math.sqrt(self._plain.weight[0].numel())
-            nn.init.uniform_(self.bias, -bound, bound, generator=generator)
+            init.uniform_(self.bias, bound, generator)
 
     @torch.no_grad()
     def _take(self, source: nn.Module) -> None:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from landscape_fast.nn.functional import check_count
+from landscape_fast.nn.init import Normal, Ones, RandomSign, uniform_
 from landscape_fast.ops._checks import require
 
 STARTS = ("random-signs", "normal")
-SCALINGS = (*STARTS, "ones")
+_SCALINGS = {"random-signs": RandomSign(), "normal": Normal(0.0, 1.0), "ones": Ones()}
 
 
 @torch.no_grad()
@@ -30,10 +31,11 @@ def init_scaling_(
         generator: draws; torch's global one by default.
     """
     op = "init_scaling_"
-    known = distribution in SCALINGS
-    require(known, op, "distribution", f"one of {SCALINGS}", repr(distribution))
+    known = tuple(_SCALINGS)
+    require(distribution in known, op, "distribution", f"one of {known}", repr(distribution))
+    draw_ = _SCALINGS[distribution]
     if chunks is None:
-        return _draw_(x, distribution, generator)
+        return draw_(x, generator)
     require(distribution != "ones", op, "chunks", "None with distribution 'ones'", list(chunks))
     fits = x.ndim > 0 and sum(chunks) == x.shape[-1]
     rule = f"sizes that sum to the last dimension of {list(x.shape)}"
@@ -43,18 +45,8 @@ def init_scaling_(
     device = "cpu" if generator is None else generator.device
     for part, size in zip(x.split(list(chunks), -1), chunks, strict=True):
         if size:
-            part.copy_(
-                _draw_(torch.empty(*x.shape[:-1], 1, device=device), distribution, generator)
-            )
+            part.copy_(draw_(torch.empty(*x.shape[:-1], 1, device=device), generator))
     return x
-
-
-def _draw_(x: Tensor, distribution: str, generator: Generator | None) -> Tensor:
-    if distribution == "ones":
-        return x.fill_(1)
-    if distribution == "normal":
-        return x.normal_(generator=generator)
-    return x.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -72,11 +64,10 @@ class Scaling:
 def reset_batch_ensemble_(layer: nn.Module, generator: Generator | None = None) -> None:
     """New weight, r, s, and a bias that all members start with, drawn in the order of `tabm`."""
     bound = layer.in_features**-0.5
-    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+    uniform_(layer.weight, bound, generator)
     layer.reset_factors(generator)
     if layer.bias is not None:
-        one = torch.empty_like(layer.bias[0])
-        layer.bias.copy_(nn.init.uniform_(one, -bound, bound, generator=generator))
+        layer.bias.copy_(uniform_(torch.empty_like(layer.bias[0]), bound, generator))
 
 
 def feature_sizes(n_num: int, cardinalities: Sequence[int], embeddings) -> list[int]:

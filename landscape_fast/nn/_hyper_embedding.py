@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from landscape_fast.nn import init
 from landscape_fast.nn.functional import check_count
 from landscape_fast.ops._checks import require
 
@@ -75,14 +76,13 @@ class HyperEmbedding(nn.Module):
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """New initial values: as `nn.Linear` has them in trunk and bodies, normal in the heads."""
-        with torch.no_grad():
-            for layer in [*self.trunk, *(layer for body in self.bodies for layer in body)]:
-                if isinstance(layer, nn.Linear):
-                    bound = 1 / math.sqrt(layer.in_features)
-                    for p in (layer.weight, layer.bias):
-                        p.uniform_(-bound, bound, generator=generator)
-            for head in self.heads:
-                head.weight.normal_(0, self.std, generator=generator)
+        for layer in [*self.trunk, *(layer for body in self.bodies for layer in body)]:
+            if isinstance(layer, nn.Linear):
+                bound = 1 / math.sqrt(layer.in_features)
+                for parameter in (layer.weight, layer.bias):
+                    init.uniform_(parameter, bound, generator)
+        for head in self.heads:
+            init.Normal(0.0, self.std)(head.weight, generator)
 
     def scaled(self, lambdas: Tensor) -> Tensor:
         """Hyperparameters [..., H] in [0, 1]: 0 for `lower`, 1 for `upper`."""
@@ -142,7 +142,9 @@ class LambdaDistribution(nn.Module):
         minimum, maximum = _log_range(op, lower, upper)
         factory = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         H = len(minimum)
-        widths = torch.as_tensor(width, dtype=torch.float64).expand(H)
+        widths = torch.as_tensor(width, dtype=torch.float64)
+        fits = tuple(widths.shape) in ((), (1,), (H,))
+        require(fits, op, "width", f"one number, or H with H = {H}", width)
         require(bool((widths > 0).all()), op, "width", "above 0", width)
         self.members, self.width = members, width
         self.register_buffer("log_min", minimum.to(**factory))

@@ -106,9 +106,14 @@ def default_(weight: Tensor, bias: Tensor | None = None, generator: Generator | 
     _fill(weight, draw_weight, generator)
     if bias is not None:
         one = bias.new_empty(bias.shape[-1])
-        _fill(one, lambda t: t.uniform_(-bound, bound, generator=generator), generator)
+        uniform_(one, bound, generator)
         with torch.no_grad():
             bias.copy_(one)
+
+
+def uniform_(tensor: Tensor, bound: float, generator: Generator | None = None) -> Tensor:
+    """Uniform from -bound to bound."""
+    return _fill(tensor, lambda t: t.uniform_(-bound, bound, generator=generator), generator)
 
 
 def xavier_(weight: Tensor, bias: Tensor | None = None, generator: Generator | None = None):
@@ -172,9 +177,8 @@ def first_only_(
             f"got {len(layers)} ensemble layers, none with r"
         )
     for layer in layers:
-        for factor in (layer.r, layer.s):
-            if factor is not None:
-                Ones()(factor)
+        for factor in layer.fast_parameters():
+            Ones()(factor)
         if getattr(layer, "rank", 1) > 1:
             with torch.no_grad():
                 layer.s[1:].zero_()  # as at the start: the further pairs add nothing yet

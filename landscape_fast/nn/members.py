@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from landscape_fast.nn import init
 from landscape_fast.nn._rank_one import check_member
 from landscape_fast.nn.functional import check_count
 from landscape_fast.ops._checks import FLOATS, check_tensor, message, names, require
@@ -180,7 +181,7 @@ class MemberLinear(nn.Module):
         bound = 1 / math.sqrt(self.in_features)
         for parameter in (self.weight, self.bias):
             if parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+                init.uniform_(parameter, bound, generator)
 
     def member(self, i: int) -> nn.Linear:
         """Member i as a plain layer."""

@@ -145,6 +145,7 @@ def test_heads_start_small():
         (lambda: LambdaDistribution([1.0], [1.0], 2), r"upper must be above lower; got \[1.0\]"),
         (lambda: LambdaDistribution([1.0], [2.0, 3.0], 2), r"upper must be \[H\] with H = 1"),
         (lambda: LambdaDistribution([1.0], [2.0], 0), "members must be an integer of at least 1"),
+        (lambda: distribution(width=[0.1] * 3), r"width must be one number, or H with H = 2; got"),
         (lambda: distribution(width=0.0), "width must be above 0; got 0.0"),
         (lambda: distribution().sample(0), "examples must be an integer of at least 1; got 0"),
         (lambda: embedding(trunk=(0,)), "trunk must be an integer of at least 1; got 0"),
@@ -154,7 +155,7 @@ def test_heads_start_small():
             r"HyperEmbedding: lambdas must be \[..., H\] with H = 2; got \[4, 3\]",
         ),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):

@@ -1,15 +1,22 @@
 """Values and reproducibility of the initialisers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from scipy import stats
 from torch import nn
 
+from landscape_fast.compat.torch_uncertainty import BatchLinear
+from landscape_fast.models import TabM
+from landscape_fast.models.tabm import ARCHS
 from landscape_fast.nn import (
     BatchEnsembleConv2d,
     BatchEnsembleLinear,
+    HyperBatchLinear,
+    HyperEmbedding,
+    MemberLinear,
     Normal,
     Ones,
     RandomSign,
@@ -69,9 +76,20 @@ def test_reset_factors_leaves_the_rest():
 
 def test_a_generator_of_another_device_gives_the_same_numbers(device):
     """A seed means the same on every device; a stand-in for the generator's device is drawn."""
-    here = BatchEnsembleLinear(3, 5, 2, r_init="normal", generator=seeded())
-    there = BatchEnsembleLinear(3, 5, 2, r_init="normal", generator=seeded(), device=device)
-    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+    for make in (
+        partial(BatchEnsembleLinear, 3, 5, 2, r_init="normal"),
+        partial(MemberLinear, 3, 5, 2),
+        partial(HyperEmbedding, [6], [0.1], [1.0], trunk=(4,)),
+        *(partial(TabM, n_num_features=3, d_out=1, d_block=4, k=2, arch_type=a) for a in ARCHS),
+    ):
+        here, there = make(generator=seeded()), make(generator=seeded(), device=device)
+        for a, b in zip(here.parameters(), there.parameters(), strict=True):
+            assert torch.equal(a, b.cpu())
+    layers = [BatchLinear(3, 5, 2, device=where) for where in ("cpu", device)]
+    for layer in layers:
+        layer.reset_parameters(seeded())
+    for name in ("r_group", "s_group", "bias"):
+        a, b = (getattr(layer, name) for layer in layers)
         assert torch.equal(a, b.cpu())
 
 
@@ -92,6 +110,16 @@ def test_first_only_is_the_start_of_tabm():
         assert torch.equal(factor, torch.ones_like(factor))
     for i, weight in zip((0, 1, 3), weights, strict=True):
         assert torch.equal(model[i].weight, weight)
+
+
+def test_first_only_reaches_all_factors_of_hyper_batch_layers():
+    options = {"r_init": "normal", "s_init": "normal", "tie_factors": False}
+    layers = [HyperBatchLinear(4, 4, 3, **options) for _ in "ab"]
+    first_only_(nn.Sequential(*layers))
+    for layer in layers:
+        for name in ("s", "u", "v") if layer is layers[0] else ("r", "s", "u", "v"):
+            assert (getattr(layer, name) == 1).all()
+    assert layers[0].r.abs().eq(1).all()
 
 
 def test_xavier_bounds_biases_like_columns():
