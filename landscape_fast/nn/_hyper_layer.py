@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from landscape_fast.nn import init
+from landscape_fast.nn._rank_one import check_member
 from landscape_fast.nn.functional import check_count, merged_weight
 from landscape_fast.ops._checks import message, require
 from landscape_fast.ops._hyper_batch_l2 import hyper_batch_l2
@@ -148,11 +149,9 @@ class HyperBatchLayer(nn.Module):
     @torch.no_grad()
     def _at(self, plain: nn.Module, i: int, e: Tensor) -> nn.Module:
         """Gives `plain`, made on the meta device, copies of what member i has at the response e."""
-        op = f"{type(self).__name__}.member"
-        rule = f"an integer from 0 to {self.members - 1}"
-        require(isinstance(i, int) and 0 <= i < self.members, op, "i", rule, repr(i))
-        size = self.response_size
-        require(tuple(e.shape) == (size,), op, "e", f"[{size}]", list(e.shape))
+        op, size = type(self).__name__, self.response_size
+        check_member(op, i, self.members)
+        require(tuple(e.shape) == (size,), f"{op}.member", "e", f"[{size}]", list(e.shape))
         r, s, u, v = self.r, self.s, self.u, self.v
         u, v = (r, s) if self.tie_factors else (u, v)
         r, s, u, v = (None if f is None else f[i] for f in (r, s, u, v))

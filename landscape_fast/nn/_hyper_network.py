@@ -108,7 +108,7 @@ class HyperBatchNetwork(nn.Module):
         layers = list(self.layers().values())
         try:
             for layer, e in zip(layers, self._responses(lambdas), strict=True):
-                layer.response = e if layer.layout == "member_major" else _arranged(e, layer.layout)
+                layer.response = e
             return self.network(x)
         finally:
             for layer in layers:
@@ -130,7 +130,6 @@ class HyperBatchNetwork(nn.Module):
                 continue
             none = torch.zeros_like(lambdas[..., 0])
             h, h_bias = (none if i is None else lambdas[..., i] for i in (weight, bias))
-            e = e if layer.layout == "member_major" else _arranged(e, layer.layout)
             options = {"fast_weights": fast_weights, "bias": bias is not None}
             total = total + layer.l2(e, h, h_bias, **options)
         return total
@@ -151,11 +150,15 @@ class HyperBatchNetwork(nn.Module):
         return copy.deepcopy(self.network, memo)
 
     def _responses(self, lambdas: Tensor) -> list[Tensor]:
+        """For each layer its response, in the layer's layout."""
         sizes = (self.members, None, len(self.hyperparameters))
         check_tensor("HyperBatchNetwork", "lambdas", lambdas, "M, B, H", sizes)
-        return self.embedding(lambdas)
+        pairs = zip(self.embedding(lambdas), self.layers().values(), strict=True)
+        return [_arranged(e, layer.layout) for e, layer in pairs]
 
 
 def _arranged(e: Tensor, layout: str) -> Tensor:
     """[M, B, F] in a layout."""
+    if layout == "member_major":
+        return e
     return e.transpose(0, 1) if layout == "batch_major" else e.flatten(0, 1)

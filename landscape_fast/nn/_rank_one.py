@@ -22,7 +22,6 @@ class RankOneLayer(nn.Module):
 
     _plain: type[nn.Module]
     _layouts: tuple[str, ...]
-    _version = 1
 
     @staticmethod
     def _arguments(layer: nn.Module) -> dict:

@@ -59,6 +59,7 @@ class FoldedEnsemble(nn.Module):
 
     def __init__(self, model: nn.Module, members: int):
         super().__init__()
+        _check_module("FoldedEnsemble", model)
         check_count("FoldedEnsemble", "members", members)
         for name, layer in member_layers(model).items():
             layout = getattr(layer, "layout", "folded")
@@ -79,6 +80,7 @@ class FoldedEnsemble(nn.Module):
 
 def ensemble_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of `model` with factors r and s, by qualified name; a shared one appears once."""
+    _check_module("ensemble_layers", model)
     return {name: m for name, m in model.named_modules() if isinstance(m, RankOneLayer)}
 
 
@@ -91,6 +93,11 @@ def member_layers(model: nn.Module) -> dict[str, nn.Module]:
             found[name] = module
             inside.update(module.modules())
     return found
+
+
+def _check_module(op: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(message(op, "model", "an nn.Module", type(model).__name__))
 
 
 def _gives_members(module: nn.Module) -> bool:
@@ -106,8 +113,9 @@ def _needs_i_alone(layer: nn.Module) -> bool:
     return True
 
 
-def count_members(model: nn.Module, op: str = "count_members") -> int:
+def count_members(model: nn.Module, op: str) -> int:
     """M, on which all layers with members and all wrappers inside `model` agree."""
+    _check_module(op, model)
     told = {layer.members for layer in member_layers(model).values()}
     for module in model.modules():
         if isinstance(module, FoldedEnsemble):
@@ -149,9 +157,6 @@ def extract_member(model: nn.Module, i: int) -> nn.Module:
           (2): Linear(in_features=16, out_features=3, bias=True)
         )
     """
-    if not isinstance(model, nn.Module):
-        given = type(model).__name__
-        raise TypeError(message("extract_member", "model", "an nn.Module", given))
     M = count_members(model, "extract_member")
     fits = isinstance(i, int) and not isinstance(i, bool) and 0 <= i < M
     require(fits, "extract_member", "i", f"an integer from 0 to {M - 1}", repr(i))

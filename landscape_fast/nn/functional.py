@@ -2,18 +2,12 @@
 
 from torch import Tensor
 
-from landscape_fast.ops._batch_ensemble_conv_checks import (
-    PADDING_MODES,
-    check_count,
-    conv_options,
-    pair,
-)
+from landscape_fast.ops._batch_ensemble_conv_checks import check_count, conv_options, pair
 from landscape_fast.ops._batch_ensemble_conv_nd import as_image, prepare, run_by_library
 from landscape_fast.ops._checks import require
 from landscape_fast.ops.batch_ensemble_conv2d import batch_ensemble_conv2d, run_images
 
 __all__ = [
-    "PADDING_MODES",
     "batch_ensemble_conv",
     "batch_ensemble_conv2d",
     "check_count",
@@ -47,8 +41,8 @@ def batch_ensemble_conv(
     .. math:: y_m = s_m \circ \mathrm{conv}(x_m \circ r_m, W) + b_m
 
     The number of dimensions is that of `weight`. Two are `batch_ensemble_conv2d`, which has kernels
-    of its own; one runs as an image of one row; the rest by library calls. Whatever runs keeps x
-    alone of the activations for the backward.
+    of its own; one runs as an image of one row; the rest by library calls. Of the
+    activations, whatever runs keeps x for the backward, and y with an `activation`.
 
     Args:
         x: [M, B, I, *pixels], or [B, I, *pixels] shared by all members; [M*B, I, *pixels] with
@@ -65,7 +59,8 @@ def batch_ensemble_conv(
         activation: None, or "relu" on the result.
 
     Returns:
-        [M, B, O, *pixels], or [M*B, O, *pixels] for the folded layout, in the dtype of `x`.
+        [M, B, O, *pixels], or [M*B, O, *pixels] for the folded layout, in the dtype of `x`
+        (of autocast where it is on).
 
     Raises:
         TypeError: if an argument is not a tensor.

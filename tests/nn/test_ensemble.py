@@ -14,6 +14,7 @@ from landscape_fast.nn import (
     FoldedEnsemble,
     HyperBatchLinear,
     convert_,
+    ensemble_layers,
     extract_member,
     to_deep_ensemble,
 )
@@ -187,9 +188,14 @@ def convert_norm(layout):
     return convert_(nn.LayerNorm(6), M, layout=layout, norm="per_member")
 
 
-def test_the_model_must_be_a_module():
-    with pytest.raises(TypeError, match="extract_member: model must be an nn.Module; got list"):
-        extract_member([], 0)
+@pytest.mark.parametrize(
+    "function, arguments",
+    [(extract_member, (0,)), (to_deep_ensemble, ()), (FoldedEnsemble, (2,)), (ensemble_layers, ())],
+)
+def test_the_model_must_be_a_module(function, arguments):
+    text = f"{function.__name__}: model must be an nn.Module; got list"
+    with pytest.raises(TypeError, match=text):
+        function([], *arguments)
 
 
 def test_members_of_hyper_batch_layers_need_more_than_a_number():

@@ -243,6 +243,7 @@ def test_factors_are_fast_parameters():
             "e must be a pair where there is a bias; got 2",
         ),
         (lambda: linear()[0].member(M, torch.zeros(12)), "i must be an integer from 0 to 2"),
+        (lambda: linear()[0].member(True, torch.zeros(12)), "i must be an integer from 0 to 2"),
         (lambda: linear()[0].member(0, torch.zeros(6)), r"e must be \[12\]; got \[6\]"),
         (lambda: HyperBatchNetwork(nn.ReLU(), 1.0, 2.0), "network must be one with hyper-batch"),
         (
@@ -258,7 +259,7 @@ def test_factors_are_fast_parameters():
             r"lambdas must be \[M, B, H\] with M = 3, H = 4; got \[3, 4, 3\]",
         ),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
