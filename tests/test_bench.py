@@ -15,7 +15,7 @@ from torch import nn
 from bench import report, timing
 from bench import run as runner
 from bench.case import GROUPS, MODES, Case, Target, Work, function
-from bench.cases import OPS, cases
+from bench.cases import OPS, cases, tabm_step
 from bench.peers import copy_floor, tabm_linear, torch_uncertainty_linear
 
 ROW = set(
@@ -297,6 +297,19 @@ def test_the_report_shows_the_newest_row_of_every_case(tmp_path):
     picture = ElementTree.parse(tmp_path / "some-cpu.svg").getroot()
     assert any("double" in (node.text or "") for node in picture.iter())
     assert report.write(tmp_path / "empty").startswith("no measurements")
+
+
+def test_no_rounding_decides_what_a_relu_lets_through():
+    """In tabm_step under autocast every unit lies on the side of its bias, far from zero."""
+    generator = torch.Generator().manual_seed(0)
+    h, _, parameters = tabm_step.make(torch.device("cpu"), generator, 64, 8, 256, 64, low=True)
+    h = h.unsqueeze(1)
+    for i in range(0, 4 * tabm_step.BLOCKS, 4):
+        weight, r, s, bias = parameters[i : i + 4]
+        assert all(torch.equal(t, t.bfloat16().float()) for t in (r, s, bias))
+        h = (h * r) @ weight.T * s + bias
+        assert (h * bias.sign()).min() > 1
+        h = h.relu()
 
 
 @pytest.mark.parametrize(

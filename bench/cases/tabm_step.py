@@ -2,7 +2,9 @@
 
 A step is what a user's loop runs: forward, loss, backward, AdamW. Dropout is on, except in the
 first call of every contestant, which is the one held against the truth. The biases are far from
-zero, so that no rounding decides what a ReLU lets through, and half of the units are shut.
+zero, so that roundings rarely decide what a ReLU lets through, and half of the units are shut. For
+autocast the rest is small beside them, so that none does, and the factors are numbers that bfloat16
+has: our layers round them, and an error that all examples share is no noise.
 """
 
 import contextlib
@@ -33,8 +35,8 @@ def shapes(members: int, width: int, columns: int) -> list[tuple[int, ...]]:
     return [*found, (members, width, 1), (members, 1)]
 
 
-def make(device, generator, B, members, width, columns):
-    """x [B, columns], targets [B], parameters."""
+def make(device, generator, B, members, width, columns, low=False):
+    """x [B, columns], targets [B], parameters; `low` for a step under autocast."""
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, device=device)
@@ -45,10 +47,12 @@ def make(device, generator, B, members, width, columns):
         values = normal(*shape)
         if kind in ("r", "s"):
             values = 1 + 0.1 * values
+            values = values.bfloat16().float() if low else values
         elif kind == "bias":
-            values = 12 * values.sign()
-        else:
-            values = values / shape[1] ** 0.5
+            values = (8 if low else 12) * values.sign()
+        else:  # blocks after the first read units of the size of their biases
+            inner = low and 0 < i < 4 * BLOCKS
+            values = values / shape[1] ** 0.5 / (8 if inner else 1)
         parameters.append(values)
     return normal(B, columns), normal(B), parameters
 
@@ -195,7 +199,7 @@ def cases(device: str, quick: bool) -> list[Case]:
                 "tabm_step",
                 {"step": "train" if train else "infer", "M": members, "B": B, "D": width},
                 dtype,
-                partial(make, **sizes),
+                partial(make, **sizes, low=device == "cuda"),
                 partial(truth, train=train),
                 partial(contestants, sizes=sizes, train=train),
                 {"fwd": Work(3 * one.bytes, 3 * one.flops) if train else one},
