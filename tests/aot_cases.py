@@ -7,6 +7,7 @@ Must run without TRITON_INTERPRET, in a process of its own.
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import aot
@@ -38,7 +39,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from _linear(arch)
     yield from (Case(*case) for case in aot_conv_cases.cases(arch, TENSOR_CORES))
     yield from _combine(arch)
-    yield from (Case(*case) for case in aot_hyper_batch.cases(arch, TENSOR_CORES[arch]))
+    yield from (Case(*case) for case in aot_hyper_batch.cases(arch, TENSOR_CORES))
 
 
 def _linear(arch: int) -> Iterator[Case]:
@@ -74,8 +75,7 @@ def _linear_call(
 ):
     M, B, tf32 = 4, 1024, "tf32" in bucket
 
-    def new(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
+    new = partial(torch.empty, dtype=dtype, device="meta")
 
     def parameter(*shape):
         return new(*shape, dtype=torch.float32 if held else dtype)

@@ -1,6 +1,7 @@
 """The cases of tests/aot_cases.py for the convolution kernels: (name, call, must, never)."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -51,12 +52,10 @@ def _call(
         rows = torch.empty(members, IMAGES, size, size, channels, dtype=dtype, device="meta")
         return rows.permute(0, 1, 4, 2, 3)
 
-    def new(*shape, like=dtype):
-        return torch.empty(*shape, dtype=like, device="meta")
-
+    new = partial(torch.empty, dtype=dtype, device="meta")
     x, y = images(1 if shared else MEMBERS, I, H), images(MEMBERS, O, out)
     weight, held = new(O, kernel, kernel, I), torch.float32
-    r, s, bias = (new(MEMBERS, n, like=held) if factors else None for n in (I, O, O))
+    r, s, bias = (new(MEMBERS, n, dtype=held) if factors else None for n in (I, O, O))
     options = ((step, step), (pad, pad), (1, 1))
 
     def call():
@@ -67,7 +66,7 @@ def _call(
         outputs = (x, None, None, None, None)
         if stage == "weight":
             dr, ds = (r, s) if factors else (None, None)
-            outputs = (None, new(*weight.shape, like=held), dr, ds, bias)
+            outputs = (None, new(*weight.shape, dtype=held), dr, ds, bias)
         backward.batch_ensemble_conv2d_bwd(
             y, x, weight, r, s, *outputs, *options, tf32,
             x_config=config, weight_config=config, split=tiles.Split(2, 2**14, 8),

@@ -1,6 +1,7 @@
 """The shipped configurations of the hyper-batch kernels, for `aot_cases`."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -11,18 +12,19 @@ from landscape_fast.kernels import hyper_batch_linear_backward as linear_backwar
 from landscape_fast.kernels import hyper_batch_linear_tiles as linear_tiles
 
 
-def cases(arch: int, tensor_core: str) -> Iterator[tuple[str, Callable[[], object], tuple, tuple]]:
+def cases(arch: int, cores: dict) -> Iterator[tuple[str, Callable[[], object], tuple, tuple]]:
     """All cases for an architecture: the name, the call, and instructions it must and must not use.
 
-    `tensor_core` is the instruction of tiles of at least 64 rows.
+    `cores` names the tensor-core instruction of each architecture, for tiles of at least 64 rows.
     """
+    tensor_core = cores[arch]
     for (a, bucket), config in linear_tiles.SHIPPED.items():
         if a != arch:
             continue
         dtype = torch.float32 if "half" not in bucket else torch.bfloat16
         core = tensor_core if config.tiles["BLOCK_B"] >= 64 else "mma.sync"
         must = (() if "ieee" in bucket else (core,)) + (("tma",) if config.tma else ("cp.async",))
-        never = ("mma.sync", "wgmma", "tcgen05") if "ieee" in bucket else ()
+        never = tuple(cores.values()) if "ieee" in bucket else ()
         for tied in (True, False) if bucket.startswith("fwd") else ("tied" in bucket,):
             name = f"hyper {bucket}{' tied' if tied and bucket.startswith('fwd') else ''}"
             yield name, _linear_call(bucket, config, dtype, tied), must, never
@@ -41,7 +43,7 @@ def cases(arch: int, tensor_core: str) -> Iterator[tuple[str, Callable[[], objec
             if kind == "ieee"
             else (tensor_core if config.tiles["BLOCK_P"] >= 64 else "mma.sync",)
         )
-        never = ("mma.sync", "wgmma", "tcgen05") if kind == "ieee" else ()
+        never = tuple(cores.values()) if kind == "ieee" else ()
         for tied in (True, False):
             name = f"hyper conv {bucket}{' tied' if tied else ''}"
             yield name, _conv_call(kind, width, config, tied), must, never
@@ -52,14 +54,12 @@ def _conv_call(kind, width, config, tied):
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     (I, O), M, B, H = (3, 32) if width == "thin" else (int(width),) * 2, 4, 64, 32
 
-    def new(*shape, like=dtype):
-        return torch.empty(*shape, dtype=like, device="meta")
-
+    new = partial(torch.empty, dtype=dtype, device="meta")
     x, y, z = (new(M, B, H, H, C).permute(0, 1, 4, 2, 3) for C in (I, O, O))
     weight, e, held = new(O, 3, 3, I), new(M, B, O), torch.float32
-    r, s = new(M, I, like=held), new(M, O, like=held)
+    r, s = new(M, I, dtype=held), new(M, O, dtype=held)
     u, v = (None, None) if tied else (r, s)
-    tensors = (x, weight, weight, e, r, s, u, v, new(M, B, O, like=held), y, z)
+    tensors = (x, weight, weight, e, r, s, u, v, new(M, B, O, dtype=held), y, z)
     options = ((1, 1), (1, 1), (1, 1), kind == "tf32")
     return lambda: conv.hyper_batch_conv2d_fwd(*tensors, *options, config=config)
 
@@ -68,9 +68,7 @@ def _linear_call(bucket, config, dtype, tied, factors=None, I=1024, O=1024, long
     M, B, tf32 = 4, 1024, "tf32" in bucket
     factors = factors or dtype
 
-    def new(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
+    new = partial(torch.empty, dtype=dtype, device="meta")
     x, weight, delta = new(M, B, I), new(O, I), new(O, I)
     y, z, e = new(M, B, O), new(M, B, O), new(M, B, 2 * O)[..., :O]
     r, u = new(M, I, dtype=factors), None if tied else new(M, I, dtype=factors)

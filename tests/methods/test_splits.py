@@ -3,7 +3,8 @@ import torch
 
 from landscape_fast.methods.splits import hold_out, stratified_split
 
-Y = torch.tensor([0] * 40 + [2] * 10 + [3] * 2 + [4])[torch.randperm(53)]
+ORDER = torch.randperm(53, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0] * 40 + [2] * 10 + [3] * 2 + [4])[ORDER]
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.99])

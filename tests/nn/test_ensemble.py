@@ -57,7 +57,8 @@ def encoder():
     return FoldedEnsemble(convert_(net, M, layout="folded", **RANDOM), M)
 
 
-IMAGES, ROWS = torch.randn(B, 1, 8, 8), torch.randn(B, 6)
+SEEDED = {"generator": torch.Generator().manual_seed(0)}
+IMAGES, ROWS = torch.randn(B, 1, 8, 8, **SEEDED), torch.randn(B, 6, **SEEDED)
 NETWORKS = {
     "layer": (lambda: linear(6, 3), ROWS),
     "mlp": (lambda: MLP(6, (7,), 3, linear=linear), ROWS),
@@ -65,7 +66,7 @@ NETWORKS = {
     "shared norm": (lambda: folded("shared"), IMAGES),
     "norms": (lambda: folded("per_member"), IMAGES),
     "rank 2": (lambda: folded("shared", rank=2), IMAGES),
-    "attention": (encoder, torch.randn(B, 5, 8)),
+    "attention": (encoder, torch.randn(B, 5, 8, **SEEDED)),
     "deep": (lambda: DeepEnsemble(nn.Linear(6, 3) for _ in range(M)), ROWS),
 }
 
