@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import check_tensor, check_types, message, require
-from landscape_fast.ops._dispatch import declare
+from landscape_fast.ops._checks import FLOATS, check_tensor, check_types, message, names, require
+from landscape_fast.ops._dispatch import declare, without_autocast
 
 OP = "hyper_batch_l2"
 NAMES = ("weight", "delta", "e", "h", "r", "s", "u", "v", "bias", "delta_bias", "e_bias", "h_bias")
@@ -57,7 +57,8 @@ def hyper_batch_l2(
 
     Raises:
         TypeError: if an argument is not a tensor.
-        ValueError: if shapes, dtypes or devices disagree.
+        ValueError: if shapes or devices disagree, or a dtype is not of real numbers; dtypes may
+            differ.
 
     Cost: 3 passes over `weight` and `delta`, 6 * M * O * I flops, one pass over e. Differentiable
         to any order.
@@ -74,7 +75,7 @@ def hyper_batch_l2(
     given = (weight, delta, e, h, r, s, u, v, bias, delta_bias, e_bias, h_bias)
     _check(dict(zip(NAMES, given, strict=True)))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         weight, delta, e, h, r, s, u, v, bias, delta_bias, e_bias, h_bias = (
             None if t is None else t.to(dtype) for t in given
         )
@@ -162,6 +163,7 @@ def _expanded(a: Tensor, b: Tensor, c: Tensor, h: Tensor, e: Tensor) -> Tensor:
 def _check(given: dict[str, Tensor | None]) -> None:
     check_types(OP, given, NAMES[:4])
     weight, e = given["weight"], given["e"]
+    require(weight.dtype in FLOATS, OP, "weight", f"one of {names(FLOATS)}", weight.dtype)
     require(weight.ndim >= 2, OP, "weight", "[O, I] or [O, I / groups, ...]", list(weight.shape))
     check_tensor(OP, "delta", given["delta"], _letters(weight), weight.shape)
     check_tensor(OP, "e", e, "M, B, O", (None, None, weight.shape[0]))

@@ -87,6 +87,12 @@ def test_adds_up_in_float32(low):
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=0)
 
 
+def test_meta_device():
+    given = [t.to("meta") for t in inputs(dtype=torch.float32)]
+    found = hyper_batch_l2(*given)
+    assert found.shape == () and found.device.type == "meta"
+
+
 def test_makes_no_weight_per_member():
     """Nothing that autograd keeps is larger than a weight, or than the responses."""
     given = [t.requires_grad_() for t in inputs((3, 3))]
@@ -100,6 +106,10 @@ def test_makes_no_weight_per_member():
     "changes, message",
     [
         ({"weight": None}, "weight must be a Tensor; got NoneType"),
+        (
+            {"weight": torch.zeros(6, 4).long()},
+            "weight must be one of float32, bfloat16, float16, float64; got torch.int64",
+        ),
         ({"weight": torch.zeros(6)}, r"weight must be \[O, I\] or .*; got \[6\]"),
         ({"delta": torch.zeros(6, 3)}, r"delta must be \[O, I\] with O = 6, I = 4; got \[6, 3\]"),
         ({"e": torch.zeros(3, 6, 12)}, r"e must be \[M, B, O\] with O = 6; got \[3, 6, 12\]"),
