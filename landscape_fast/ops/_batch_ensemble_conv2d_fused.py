@@ -38,6 +38,13 @@ def tf32_allowed() -> bool:
 tf32_allowed._dynamo_marked_constant = True  # torch.compile cannot trace the switch
 
 
+def kind_of(dtype: torch.dtype) -> str:
+    """How products of this dtype are formed now: float32 follows torch's switch for cuDNN."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if tf32_allowed() else "ieee"
+
+
 def _images(like: Tensor, last: bool, *shape) -> Tensor:
     """An empty [M, B, C, H, W], channels last or not."""
     if not last:

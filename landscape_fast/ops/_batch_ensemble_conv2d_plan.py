@@ -17,6 +17,8 @@ from landscape_fast.ops._batch_ensemble_linear_plan import (
     RATE,
     SUM_LAUNCH,
     Needs,
+    _pass,
+    _size,
 )
 
 # From where a convolution for each member is quicker on a CPU than one for all and its passes over
@@ -168,14 +170,5 @@ def _product(
     return max(flops / share, memory)
 
 
-def _pass(p: Problem, elements: int) -> float:
-    """One elementwise or reducing kernel that moves `elements`."""
-    return PASS_LAUNCH + _size(p) * 1e-6 * elements / BANDWIDTH[p.arch]
-
-
 def _images(p: Problem) -> int:
     return p.B if p.shared_x else p.M * p.B
-
-
-def _size(p: Problem) -> int:
-    return 2 if p.kind == "half" else 4

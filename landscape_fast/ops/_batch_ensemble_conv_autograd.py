@@ -10,10 +10,11 @@ from landscape_fast.ops import _batch_ensemble_conv2d_fused as fused
 from landscape_fast.ops import _batch_ensemble_conv_ways as ways
 from landscape_fast.ops._batch_ensemble_conv2d_plan import Plan
 from landscape_fast.ops._batch_ensemble_conv_checks import Conv
-from landscape_fast.ops._checks import LOW
 from landscape_fast.ops._dispatch import (
+    held,
     reference_backward,
     rounded,
+    wants_grad,
     wants_graph,
     without_autocast,
 )
@@ -24,8 +25,10 @@ def run(x, weight, r, s, bias, members: int, conv: Conv, activation, way: str) -
     if way == "fused":
         return fused.forward_fused(x, weight, r, s, bias, members, conv, activation)
     weight, r, s, bias = rounded(x.dtype, weight, r, s, bias)
-    arguments = (x, weight, r, s, bias, members, conv)
-    y = ways.forward_merged(*arguments) if way == "merged" else ways.forward_once(*arguments)
+    if way == "merged":
+        y = ways.forward_merged(x, weight, r, s, bias, members, conv)
+    else:
+        y = ways.forward_once(x, weight, r, s, bias, conv)
     return y.relu_() if activation == "relu" else y
 
 
@@ -34,7 +37,7 @@ class BatchEnsembleConv(torch.autograd.Function):
     def forward(ctx, x, weight, r, s, bias, members, conv, activation, forward, backward):
         y = run(x, weight, r, s, bias, members, conv, activation, forward)
         ctx.save_for_backward(x, weight, r, s, bias, y if activation == "relu" else None)
-        ctx.conv, ctx.members, ctx.way = conv, members, backward
+        ctx.conv, ctx.way = conv, backward
         return y
 
     @staticmethod
@@ -50,7 +53,7 @@ def _graph(ctx, dy):
     dy = dy if y is None else dy * (y > 0)
 
     def plain(*tensors):
-        return ways.definition(*tensors, ctx.members, ctx.conv, None)
+        return ways.definition(*tensors, ctx.conv, None)
 
     return reference_backward(plain, tensors, ctx.needs_input_grad[:5], dy)
 
@@ -68,9 +71,7 @@ def _gradients(ctx, dy):
         dbias = dy.sum(sums, dtype=ways.summing_dtype(dy.dtype))
     if any(needs[:4]):
         arguments = (dy, x, *rounded(x.dtype, weight, r, s), needs[:4], conv)
-        exact = x.dtype in LOW and any(
-            t is not None and t.dtype == torch.float32 for t in (weight, r, s)
-        )
+        exact = held(x, (weight, r, s), needs[1:4])
         if ctx.way == "merged" or exact:
             found = ways.backward_merged(*arguments, exact)
         else:
@@ -84,6 +85,6 @@ def _gradients(ctx, dy):
 def apply(x, weight, r, s, bias, members: int, conv: Conv, activation, plan: Plan) -> Tensor:
     """The op; `x` as in `run`."""
     tensors = (x, weight, r, s, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if wants_grad(*tensors):
         return BatchEnsembleConv.apply(*tensors, members, conv, activation, *plan)
     return run(*tensors, members, conv, activation, plan.forward)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from landscape_fast.ops._checks import (
     FLOATS,
@@ -166,7 +167,14 @@ def check(op, x, weight, r, s, bias, conv: Conv, layout: str, activation) -> int
         check_tensor(op, "bias", bias, "O", (O,), **like)
     elif bias is not None:
         check_tensor(op, "bias", bias, "M, O", (M, O), **like)
-    kernel, pixels = tuple(weight.shape[2:]), tuple(x.shape[-dims:])
+    check_pixels(op, x, weight, conv)
+    return M
+
+
+def check_pixels(op: str, x: Tensor, weight: Tensor, conv: Conv) -> None:
+    """Raises where padding has no pixel to copy, or no output pixel is left."""
+    kernel, dims = tuple(weight.shape[2:]), weight.ndim - 2
+    pixels = tuple(x.shape[-dims:])
     if conv.before and conv.mode != "constant":
         # a pixel that is reflected, or met again on the way round, must be there
         most = [n - (conv.mode == "reflect") for n in pixels]
@@ -177,4 +185,3 @@ def check(op, x, weight, r, s, bias, conv: Conv, layout: str, activation) -> int
     fits = all(n >= 1 for n in (*pixels, *output_size(pixels, kernel, conv)))
     rule = f"of at least one output pixel for a kernel {list(kernel)}"
     require(fits, op, "x", rule, list(x.shape))
-    return M

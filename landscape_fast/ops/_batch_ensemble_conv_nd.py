@@ -15,7 +15,7 @@ from landscape_fast.ops._batch_ensemble_conv_checks import (
 )
 from landscape_fast.ops._batch_ensemble_conv_ways import definition
 from landscape_fast.ops._checks import check_types, require
-from landscape_fast.ops._dispatch import autocast_input, transforming
+from landscape_fast.ops._dispatch import autocast_input, free, transforming, without_autocast
 
 
 def prepare(
@@ -51,7 +51,8 @@ def prepare(
 def run_by_library(tensors: tuple, members: int, conv: Conv, activation: str | None) -> Tensor:
     """[M, B, O, *pixels] of prepared tensors by library calls, in the quicker way."""
     if transforming() or tensors[0].numel() == 0:
-        return definition(*tensors, members, conv, activation)
+        with without_autocast(tensors[0].device.type):
+            return definition(*tensors, conv, activation)
     plan = library_plan(tensors, members, conv)
     return apply(*tensors, members, conv, activation, plan)
 
@@ -65,8 +66,8 @@ def library_plan(tensors: tuple, members: int, conv: Conv) -> Plan:
     outputs = weight.shape[1] * conv.groups if conv.transposed else weight.shape[0]
     elements = x[0].numel() + x.shape[1] * outputs * prod(pixels)
     products = x.shape[1] * prod(pixels) * weight.numel()
-    if not (isinstance(elements, int) and isinstance(members, int)):
-        return Plan("once", "once")  # an exported graph must hold for every size that is free
+    if free(elements, members):
+        return Plan("once", "once")
     return composed_plan(members, elements, products, x.shape[0] == 1 and r is None)
 
 

@@ -16,10 +16,7 @@ from torch import Tensor
 
 from landscape_fast.ops._batch_ensemble_conv_checks import Conv
 from landscape_fast.ops._checks import LOW
-from landscape_fast.ops._dispatch import (
-    as_rounded,
-    rounded,
-)
+from landscape_fast.ops._dispatch import as_rounded, rounded
 
 _conv_backward = torch.ops.aten.convolution_backward.default
 
@@ -78,7 +75,7 @@ def unpadded(t: Tensor, conv: Conv) -> Tensor:
     return t
 
 
-def definition(x, weight, r, s, bias, members, conv: Conv, activation) -> Tensor:
+def definition(x, weight, r, s, bias, conv: Conv, activation) -> Tensor:
     """The op in plain PyTorch: what every way is tested against, in float64."""
     dims, dtype = weight.ndim - 2, x.dtype
     x, weight, r, s, bias = as_rounded(x, weight, r, s, bias)
@@ -88,7 +85,6 @@ def definition(x, weight, r, s, bias, members, conv: Conv, activation) -> Tensor
     y = y if s is None else y * spread(s, dims)
     y = y if bias is None or inner is not None else y + spread(bias, dims)
     y = F.relu(y) if activation == "relu" else y
-    y = y if y.shape[0] == members else y.expand(members, *y.shape[1:])
     return y.to(dtype)
 
 
@@ -109,7 +105,7 @@ def summing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW else dtype
 
 
-def forward_once(x, weight, r, s, bias, members, conv: Conv) -> Tensor:
+def forward_once(x, weight, r, s, bias, conv: Conv) -> Tensor:
     """[M, B, O, *pixels] from one convolution of all images."""
     dims = weight.ndim - 2
     x = x if r is None else x * spread(r, dims)
@@ -139,11 +135,10 @@ def backward_once(dy, x, weight, r, s, needs, conv: Conv):
     dims = weight.ndim - 2
     sums = (1, *range(3, 3 + dims))
     dx = dweight = dr = ds = None
-    h = padded((x if r is None else x * spread(r, dims)).flatten(0, 1), conv)
+    h = x if r is None else x * spread(r, dims)
+    rows, h = h.shape[:2], padded(h.flatten(0, 1), conv)
     if need_s:
-        z = convolve(h, weight, None, conv)
-        z = z.unflatten(0, (z.shape[0] // x.shape[1] if x.shape[1] else x.shape[0], x.shape[1]))
-        ds = (dy * z).sum(sums)
+        ds = (dy * convolve(h, weight, None, conv).unflatten(0, rows)).sum(sums)
     if not (need_x or need_weight or need_r):
         return dx, dweight, dr, ds
     d = dy if s is None else dy * spread(s, dims)
@@ -189,7 +184,7 @@ def backward_merged(dy, x, weight, r, s, needs, conv: Conv, exact: bool):
         if need_weight:
             dweight += g if scale is None else g * scale
         if need_r or need_s:
-            _factor_gradients((g * weight).sum(kernel), r, s, conv, m, drs, dss)
+            factor_gradients((g * weight).sum(kernel), r, s, conv, m, drs, dss)
     dx = None
     if need_x:
         dx = (dxs[0] if len(dxs) == 1 else torch.cat(dxs)).to(x.dtype)
@@ -198,7 +193,7 @@ def backward_merged(dy, x, weight, r, s, needs, conv: Conv, exact: bool):
     return dx, dweight, dr, torch.stack(dss) if need_s else None
 
 
-def _factor_gradients(p: Tensor, r, s, conv: Conv, m: int, drs: list, dss: list) -> None:
+def factor_gradients(p: Tensor, r, s, conv: Conv, m: int, drs: list, dss: list) -> None:
     """Appends dr_m and ds_m from p = weight * G_m, summed over the kernel."""
     first, second, of_first, of_second = (r, s, drs, dss) if conv.transposed else (s, r, dss, drs)
     rows = p.unflatten(0, (conv.groups, -1))  # [groups, F / groups, J]

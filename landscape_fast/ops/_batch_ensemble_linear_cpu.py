@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from landscape_fast import _extension
 from landscape_fast.ops._batch_ensemble_linear_plan import Needs, Plan, composed_plan, examples
+from landscape_fast.ops._batch_ensemble_linear_ways import forward_fake
 from landscape_fast.ops._library import define
 
 CPP = Plan("cpp", "cpp")
@@ -105,7 +106,7 @@ def _sizes(x: Tensor, weight: Tensor, members: int, batch_major: bool) -> tuple:
 
 
 def _forward(x, weight, r, s, bias, members, batch_major, relu):
-    y = _forward_fake(x, weight, r, s, bias, members, batch_major, relu)
+    y = forward_fake(x, weight, r, s, bias, members, batch_major, relu)
     sizes = _sizes(x, weight, members, batch_major)
     r, s, bias = _dense(r), _dense(s), _dense(bias)  # held until the call returns
     few = sizes[0] * sizes[1] <= FEW and weight.stride(1) == 1
@@ -115,12 +116,6 @@ def _forward(x, weight, r, s, bias, members, batch_major, relu):
         torch.get_num_threads(),
     )  # fmt: skip
     return y
-
-
-def _forward_fake(x, weight, r, s, bias, members, batch_major, relu):
-    B = examples(x, batch_major)
-    rows = (B, members) if batch_major else (members, B)
-    return x.new_empty(*rows, weight.shape[0])
 
 
 def _backward(dy, y, x, weight, r, s, needs, bias_shared, batch_major):
@@ -169,7 +164,7 @@ cpu_forward_op = define(
     "batch_ensemble_linear_cpu(Tensor x, Tensor weight, Tensor? r, Tensor? s, Tensor? bias,"
     " SymInt members, bool batch_major, bool relu) -> Tensor",
     _forward,
-    _forward_fake,
+    forward_fake,
 )
 cpu_backward_op = define(
     "batch_ensemble_linear_cpu_backward(Tensor dy, Tensor? y, Tensor x, Tensor weight, Tensor? r,"

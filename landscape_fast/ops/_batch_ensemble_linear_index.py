@@ -10,8 +10,10 @@ from torch import Tensor
 
 from landscape_fast.ops._dispatch import (
     as_rounded,
+    held,
     reference_backward,
     rounded,
+    wants_grad,
     wants_graph,
     without_autocast,
 )
@@ -27,7 +29,7 @@ def indexed_reference(x, weight, r, s, bias, index, relu=False) -> Tensor:
 def indexed(x, weight, r, s, bias, index, relu=False) -> Tensor:
     """As `indexed_reference`; for the backward only x is kept (and y, with relu)."""
     tensors = (x, weight, r, s, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if wants_grad(*tensors):
         return _Indexed.apply(*tensors, index, relu)
     return _forward(x, *rounded(x.dtype, weight, r, s, bias), index, relu)
 
@@ -95,9 +97,7 @@ class _Indexed(torch.autograd.Function):
         if need_bias:
             dbias = per_member(dy, index, bias) if bias.ndim == 2 else dy.sum(0, dtype=bias.dtype)
         # gradients held in float32 beside an x of 16 bits: all below in float32, and dx rounded
-        held = zip((weight, r, s), needs[1:4], strict=True)
-        exact = any(need and t.dtype != x.dtype for t, need in held)
-        dtype = torch.float32 if exact else x.dtype
+        dtype = torch.float32 if held(x, (weight, r, s), needs[1:4]) else x.dtype
         v, w, low_r, low_s = rounded(dtype, *rounded(x.dtype, x, weight, r, s))
         d = dy.to(dtype)
         r_rows = None if r is None else per_row(low_r, index)

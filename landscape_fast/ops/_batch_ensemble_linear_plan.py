@@ -49,12 +49,12 @@ class Needs(NamedTuple):
 class Plan(NamedTuple):
     """How to run the forward and the backward.
 
-    `forward` is "fused" or "composed". `backward` is "H" (fused, dr beside dx), "G" (fused, dr
-    beside dweight), "composed", "outer" (composed from G_m = dy_m^T x_m), "wide" (composed in
-    float32, for few examples), or "none". All but "composed" keep x alone of the activations;
-    "composed" also keeps (x * r) weight^T for ds, and then implies a composed forward. "G", "outer"
-    and "wide" round nothing to 16 bits before the gradients of weight, r and s, which is what those
-    held in float32 are promised.
+    `forward` is "fused", "composed" or "cpp" (compiled for a CPU). `backward` is "H" (fused, dr
+    beside dx), "G" (fused, dr beside dweight), "composed", "outer" (composed from
+    G_m = dy_m^T x_m), "wide" (composed in float32, for few examples), "cpp", or "none". All
+    but "composed" keep x alone of the activations; "composed" also keeps (x * r) weight^T for ds,
+    and then implies a composed forward. "G", "outer" and "wide" round nothing to 16 bits before the
+    gradients of weight, r and s, which is what those held in float32 are promised.
     """
 
     forward: str

@@ -8,7 +8,7 @@ may be float32 where x has 16 bits (`_dispatch`): the library calls take them ro
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._batch_ensemble_linear_plan import tf32_allowed
+from landscape_fast.ops._batch_ensemble_linear_plan import examples, tf32_allowed
 from landscape_fast.ops._dispatch import rounded
 from landscape_fast.ops._library import define
 
@@ -36,7 +36,7 @@ def scaled(x: Tensor, r: Tensor | None, batch_major: bool) -> Tensor:
     return x * per_row(r, batch_major)
 
 
-def composed(x, weight, r, s, bias, members, batch_major, relu) -> tuple[Tensor, Tensor | None]:
+def composed(x, weight, r, s, bias, batch_major, relu) -> tuple[Tensor, Tensor | None]:
     """(y, z) by library calls, with z = (x * r) weight^T, [B, O] where no member differs.
 
     z is there where ds may need it: where there is an s.
@@ -53,12 +53,14 @@ def composed(x, weight, r, s, bias, members, batch_major, relu) -> tuple[Tensor,
 
 
 def composed_backward(dy, x, weight, r, s, z, needs, bias_shared, bias_dtype, batch_major):
-    """Gradients by library calls; x * r is made again rather than kept."""
+    """Gradients by library calls; x * r is made again rather than kept, and so is z without one."""
     need_x, need_weight, need_r, need_s, need_bias = needs
     members = members_dim(batch_major)
     examples = 1 - members
     dx = dweight = dr = ds = dbias = None
+    rows = scaled(x, r, batch_major) if need_s and z is None else None
     if need_s:
+        z = rows @ weight.T if z is None else z
         ds = (dy * (z if z.ndim == 3 else z.unsqueeze(members))).sum(examples)
     if need_bias:
         dbias = dy.sum((0, 1) if bias_shared else examples, dtype=bias_dtype)
@@ -73,7 +75,8 @@ def composed_backward(dy, x, weight, r, s, z, needs, bias_shared, bias_dtype, ba
                 dx = t if r is None else t * per_row(r, batch_major)
                 dx = dx.sum(members) if dx.ndim > x.ndim else dx
         if need_weight:
-            dweight = d.flatten(0, -2).T @ scaled(x, r, batch_major).flatten(0, -2)
+            rows = scaled(x, r, batch_major) if rows is None else rows
+            dweight = d.flatten(0, -2).T @ rows.flatten(0, -2)
     return dx, dweight, dr, ds, dbias
 
 
@@ -90,7 +93,7 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
     dx, *_, dbias = composed_backward(dy, x, w, low_r, low_s, None, some, *how)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     w, low_r, low_s = rounded(wide, w, low_r, low_s)
-    d, rows = _member_major(dy, batch_major), _member_major(x, batch_major)
+    d, rows = member_major(dy, batch_major), member_major(x, batch_major)
     if r is None and s is None:  # no member differs
         d = d.sum(0, dtype=wide) if x.ndim == 2 else d.flatten(0, 1)
         d, rows = d.unsqueeze(0), x if x.ndim == 2 else rows.flatten(0, 1).unsqueeze(0)
@@ -125,9 +128,8 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
 def wide_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_major):
     """Gradients by library calls from x alone, all of them in float32: for few examples."""
     low = rounded(torch.float32, *rounded(x.dtype, x, weight, r, s))
-    z = scaled(low[0], low[2], batch_major) @ low[1].T if needs[3] else None
     how = (needs, bias_shared, bias_dtype, batch_major)
-    *found, dbias = composed_backward(dy.float(), *low, z, *how)
+    *found, dbias = composed_backward(dy.float(), *low, None, *how)
     pairs = zip(found, (x, weight, r, s), strict=True)
     return *[None if g is None else g.to(t.dtype) for g, t in pairs], dbias
 
@@ -152,8 +154,8 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(a.to(dtype), b.to(dtype))
 
 
-def _forward_fake(x, weight, r, s, bias, members, batch_major, relu):
-    B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
+def forward_fake(x, weight, r, s, bias, members, batch_major, relu):
+    B = examples(x, batch_major)
     rows = (B, members) if batch_major else (members, B)
     return x.new_empty(*rows, weight.shape[0])
 
@@ -162,8 +164,8 @@ def _forward_impl(x, weight, r, s, bias, members, batch_major, relu):
     from landscape_fast.kernels.batch_ensemble_linear import batch_ensemble_linear_fwd
 
     (weight,) = rounded(x.dtype, weight)
-    y = _forward_fake(x, weight, r, s, bias, members, batch_major, relu)
-    rows = [_member_major(t, batch_major) for t in (x, y)]
+    y = forward_fake(x, weight, r, s, bias, members, batch_major, relu)
+    rows = [member_major(t, batch_major) for t in (x, y)]
     batch_ensemble_linear_fwd(rows[0], weight, r, s, bias, rows[1], tf32_allowed(), relu)
     return y
 
@@ -187,22 +189,23 @@ def _backward_impl(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
     found = _backward_fake(*arguments)
     wanted = [g if need else None for g, need in zip(found, needs, strict=True)]
     if needs[0]:
-        wanted[0] = _member_major(found[0], batch_major)
-    rows = [_member_major(t, batch_major) for t in (dy, x)]
+        wanted[0] = member_major(found[0], batch_major)
+    rows = [member_major(t, batch_major) for t in (dy, x)]
     (weight,) = rounded(x.dtype, weight)
     batch_ensemble_linear_bwd(*rows, weight, r, s, *wanted, tf32_allowed(), dr_with_dx=dr_with_dx)
     return found
 
 
-def _member_major(t: Tensor, batch_major: bool) -> Tensor:
-    return t.transpose(0, 1) if batch_major and t.ndim == 3 else t
+def member_major(t: Tensor | None, batch_major: bool) -> Tensor | None:
+    """Rows as [M, B, F]; shared ones [B, F] stay."""
+    return t.transpose(0, 1) if t is not None and batch_major and t.ndim == 3 else t
 
 
 forward_op = define(
     "batch_ensemble_linear(Tensor x, Tensor weight, Tensor? r, Tensor? s, Tensor? bias,"
     " SymInt members, bool batch_major, bool relu) -> Tensor",
     _forward_impl,
-    _forward_fake,
+    forward_fake,
 )
 backward_op = define(
     "batch_ensemble_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? r, Tensor? s,"

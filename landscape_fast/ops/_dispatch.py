@@ -3,12 +3,13 @@
 An op declares its backends once, best first. `pick` chooses among them; `explain` says why. The
 public function of every op then runs, in this order:
 
-1. checks (`_checks`), then `autocast` (or `autocast_input`) where the op multiplies activations;
-2. under a functorch transform or forward-mode AD (`transforming`), or when the pick is "torch": the
-   reference, in plain PyTorch, which every transform understands;
+1. types are checked; then `autocast` (or `autocast_input`), where the op multiplies activations;
+   then all else is checked (`_checks`), and the backend picked;
+2. under a functorch transform or forward-mode AD (`transforming`), and in most ops when the pick is
+   "torch": the reference, in plain PyTorch, which every transform understands;
 3. when an input needs a gradient (`wants_grad`): an ordinary `autograd.Function` around the
-   registered ops, whose backward takes `reference_backward` when `wants_graph`;
-4. otherwise the registered op itself.
+   registered ops or library calls, whose backward takes `reference_backward` when `wants_graph`;
+4. otherwise these themselves.
 
 Mixed dtypes, one rule for all ops of shared weights and factors: where the input is bfloat16 or
 float16 (given so, or cast by autocast), a parameter may be float32. It is rounded to the dtype of
@@ -185,6 +186,24 @@ def transforming() -> bool:
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd records and any of the tensors requires a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def held(x: Tensor, params, needs) -> bool:
+    """Whether the gradient of a float32 parameter is wanted beside an `x` of 16 bits."""
+    pairs = zip(params, needs, strict=True)
+    return x.dtype in LOW and any(need and p.dtype == torch.float32 for p, need in pairs)
+
+
+def free(*sizes) -> bool:
+    """Whether a size is free in a graph that is exported: it may then decide nothing."""
+    if not all(isinstance(n, int) for n in sizes):
+        return True
+    if not getattr(torch.compiler, "_is_exporting_flag", False):
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    # a strict export is traced by dynamo, to which free sizes are ints
+    return not all(has_static_value(n) for n in sizes)
 
 
 def _autocasting(device: str) -> bool:

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import LOW, check_tensor, message
+from landscape_fast.ops._checks import check_tensor, message
+from landscape_fast.ops._dispatch import held
 
 
 class Inputs(NamedTuple):
@@ -46,18 +46,12 @@ def check_factors(op: str, t: Inputs, M: int, I: int, O: int) -> None:
             raise ValueError(message(op, name, f"given where {other} is", None))
 
 
-def per_member(t: Inputs) -> int | None:
-    """M, from the first factor that has a row per member."""
+def folded_members(t: Inputs) -> int:
+    """M of folded rows, from the first factor that has a row per member; without one, 1."""
     for factor in (t.r, t.s, t.u, t.v, t.bias, t.delta_bias):
         if factor is not None and factor.ndim == 2:
             return factor.shape[0]
-    return None
-
-
-def folded_members(t: Inputs) -> int:
-    """M of folded rows, which are one member where no factor says otherwise."""
-    M = per_member(t)
-    return 1 if M is None else M
+    return 1
 
 
 def unfolded(t: Inputs, members: int) -> Inputs:
@@ -76,15 +70,14 @@ def tied(t: Inputs) -> tuple[Tensor | None, ...]:
 
 def needs_z2(t: Inputs, needs: Inputs) -> bool:
     """Whether the backward of the library path reads the product with delta."""
-    return needs.e or (needs.s if t.v is None else needs.v)
+    for_v = needs.s if t.v is None else needs.v
+    return needs.e or (for_v and not held_in_float32(t, needs))  # which makes it again, unrounded
 
 
 def held_in_float32(t: Inputs, needs: Inputs) -> bool:
     """Whether the gradient of a float32 parameter is wanted beside an x of 16 bits."""
-    if t.x.dtype not in LOW:
-        return False
-    wanted = [getattr(t, name) for name in PARAMETERS if getattr(needs, name)]
-    return any(p.dtype == torch.float32 for p in wanted)
+    params, wanted = ([getattr(of, name) for name in PARAMETERS] for of in (t, needs))
+    return held(t.x, params, wanted)
 
 
 def in_dtypes(gradients: list[Tensor | None], t: Inputs) -> list[Tensor | None]:

@@ -15,17 +15,19 @@ from landscape_fast.ops._batch_ensemble_conv2d_fused import (
     _images,
     _packed,
     channels_last,
+    kind_of,
     pads_of,
     tf32_allowed,
 )
 from landscape_fast.ops._batch_ensemble_conv_checks import Conv, output_size
 from landscape_fast.ops._batch_ensemble_linear_plan import architecture
-from landscape_fast.ops._dispatch import rounded
+from landscape_fast.ops._dispatch import free, rounded
 from landscape_fast.ops._hyper_batch import Inputs, held_in_float32, in_dtypes
 from landscape_fast.ops._hyper_batch_conv_ways import offsets, sums
 from landscape_fast.ops._library import define
 
 BY_KERNEL = ("x", "weight", "delta", "r", "s", "u", "v")
+ADDED = ("e", "bias", "delta_bias", "e_bias")
 
 
 class Plan(NamedTuple):
@@ -38,8 +40,11 @@ class Plan(NamedTuple):
 def choose(p: single.Problem) -> Plan:
     """The smaller estimate for each direction; a tie goes to the fused kernels.
 
-    Estimates are twice those of batch_ensemble_conv2d, and the passes that come on top.
+    Estimates are twice those of batch_ensemble_conv2d, and the passes that come on top; as there,
+    the kernels do not come into question where channels are not last.
     """
+    if not p.channels_last:
+        return Plan("composed", "composed")
     needs = single.Needs(x=True, weight=True, r=p.has_r, s=p.has_s)
     y = p.M * p.B * p.outputs * p.O
 
@@ -47,7 +52,7 @@ def choose(p: single.Problem) -> Plan:
         return single._pass(p, tensors * y)
 
     forward = 2 * single.forward_time(p, "fused") - single.GEMM_LAUNCH + passes(1)
-    library = 2 * single.forward_time(p, "merged") + p.M * passes(3) / max(p.M, 1)
+    library = 2 * single.forward_time(p, "merged") + passes(3)
     backward = 2 * single.backward_time(p, needs, "fused") + 2 * passes(3)
     by_library = 2 * single.backward_time(p, needs, "merged") + 2 * passes(3)
     return Plan(
@@ -60,19 +65,19 @@ def plan_for(t: Inputs, conv: Conv) -> Plan:
     """The plan for tensors on a CUDA device."""
     x, (O, _, *kernel) = t.x, t.weight.shape
     (B, I, *size), M = x.shape[1:], t.e.shape[0]
-    kind = "half" if x.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
+    if free(M, *x.shape[1:]):
+        return Plan("composed", "composed")
     pixels = prod(output_size(tuple(size), tuple(kernel), conv))
-    shared = x.shape[0] == 1 and M > 1
-    where = (prod(kernel), prod(size), pixels, architecture(x.device.index), kind, shared)
+    how = (architecture(x.device.index), kind_of(x.dtype), x.shape[0] == 1 and M > 1)
     factors = (t.r is not None or t.u is not None, t.s is not None or t.v is not None)
-    return choose(single.Problem(M, B, I, O, *where, *factors, channels_last(x)))
+    sizes = (M, B, I, O, prod(kernel), prod(size), pixels)
+    return choose(single.Problem(*sizes, *how, *factors, channels_last(x)))
 
 
 def fused(t: Inputs, conv: Conv, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(y, z2) by the kernel; z2 None unless it is kept."""
-    wide = Inputs(*rounded(torch.float32, *rounded(t.x.dtype, *t)))
     options = (list(conv.stride), pads_of(conv), list(conv.dilation))
-    y, z2 = forward_op(*t[:8], offsets(wide), *options, keep)
+    y, z2 = forward_op(*t[:8], offsets(_in_float32(t)), *options, keep)
     return y, z2 if keep else None
 
 
@@ -80,8 +85,7 @@ def fused_backward(
     dy: Tensor, t: Inputs, z2: Tensor | None, needs: Inputs, conv: Conv
 ) -> list[Tensor | None]:
     """Gradients by the kernels; those of e and the biases by library calls."""
-    wide = Inputs(t.x, *rounded(torch.float32, *rounded(t.x.dtype, *t[1:])))
-    found = dict.fromkeys(Inputs._fields) | sums(dy, wide, z2, needs)
+    found = dict.fromkeys(Inputs._fields) | sums(dy, _in_float32(t), z2, needs)
     wanted = needs._replace(e=False, bias=False, delta_bias=False, e_bias=False)
     if any(wanted):
         options = (list(conv.stride), pads_of(conv), list(conv.dilation))
@@ -92,6 +96,12 @@ def fused_backward(
             if found[name] is not None:
                 found[name] = found[name].permute(0, 3, 1, 2)
     return in_dtypes(list(found.values()), t)
+
+
+def _in_float32(t: Inputs) -> Inputs:
+    """What is added to images as x rounds it, and then in float32."""
+    added = rounded(torch.float32, *rounded(t.x.dtype, *[getattr(t, name) for name in ADDED]))
+    return t._replace(**dict(zip(ADDED, added, strict=True)))
 
 
 def _forward_fake(x, weight, delta, e, r, s, u, v, shift, step, pads, dilation, keep):

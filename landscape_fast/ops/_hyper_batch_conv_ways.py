@@ -13,6 +13,7 @@ from landscape_fast.ops._batch_ensemble_conv_checks import Conv
 from landscape_fast.ops._batch_ensemble_conv_ways import (
     convolve,
     convolve_backward,
+    factor_gradients,
     padded,
     pair_scale,
     spread,
@@ -110,8 +111,7 @@ class _Half:
 
     def __init__(self, weight, r, s, need_weight, need_r, need_s, conv):
         self.weight, self.r, self.s, self.conv = weight, r, s, conv
-        self.need_weight = need_weight
-        self.need_r, self.need_s = need_r and r is not None, need_s and s is not None
+        self.need_weight, self.need_r, self.need_s = need_weight, need_r, need_s
         self.dweight = torch.zeros_like(weight) if need_weight else None
         self.drs, self.dss = [], []
 
@@ -134,26 +134,17 @@ class _Half:
             wide = images.to(weight.dtype)
             g = sum(convolve_backward(p, wide, weight, conv, False, True)[1] for p in parts)
         if self.wanted():
-            self._add(g.to(weight.dtype), scale, m)
+            g = g.to(weight.dtype)
+            if self.need_weight:
+                self.dweight += g if scale is None else g * scale
+            if self.need_r or self.need_s:
+                p = (g * weight).sum(PIXELS)
+                factor_gradients(p, self.r, self.s, conv, m, self.drs, self.dss)
         return dx
 
-    def _add(self, g: Tensor, scale: Tensor | None, m: int) -> None:
-        if self.need_weight:
-            self.dweight += g if scale is None else g * scale
-        p = (g * self.weight).flatten(2).sum(2)  # [O, I / groups]
-        rows = p.unflatten(0, (self.conv.groups, -1))  # [groups, O / groups, I / groups]
-        if self.need_s:
-            r = self.r
-            own = rows if r is None else rows * r[m].view(self.conv.groups, 1, -1)
-            self.dss.append(own.sum(2).flatten())
-        if self.need_r:
-            s = self.s
-            own = rows if s is None else rows * s[m].view(self.conv.groups, -1, 1)
-            self.drs.append(own.sum(1).flatten())
-
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        dr = torch.stack(self.drs) if self.drs else None
-        return self.dweight, dr, torch.stack(self.dss) if self.dss else None
+        dr = torch.stack(self.drs) if self.need_r else None
+        return self.dweight, dr, torch.stack(self.dss) if self.need_s else None
 
 
 def sums(dy: Tensor, t: Inputs, z2: Tensor | None, needs: Inputs) -> dict[str, Tensor]:

@@ -14,13 +14,16 @@ import torch
 from landscape_fast.ops._batch_ensemble_linear_plan import (
     BANDWIDTH,
     GEMM_LAUNCH,
-    PASS_LAUNCH,
     RATE,
     SUM_LAUNCH,
     UNALIGNED,
+    _pass,
+    _size,
     architecture,
+    examples,
     kind_of,
 )
+from landscape_fast.ops._dispatch import free
 from landscape_fast.ops._hyper_batch import Inputs, held_in_float32
 
 EFFICIENCY = {  # kind -> share of the library's rate in y, dx and the weight gradients
@@ -106,23 +109,15 @@ def _product(p: Problem, rows: int, weights: int, share: float, more: int = 0) -
     return GEMM_LAUNCH + max(flops / share, _size(p) * 1e-6 * elements / BANDWIDTH[p.arch])
 
 
-def _pass(p: Problem, elements: int) -> float:
-    """One elementwise or reducing kernel that moves `elements`."""
-    return PASS_LAUNCH + _size(p) * 1e-6 * elements / BANDWIDTH[p.arch]
-
-
-def _size(p: Problem) -> int:
-    return 2 if p.kind == "half" else 4
-
-
 _chosen = lru_cache(4096)(choose)  # a layer asks the same at every step
 
 
 def plan_for(t: Inputs, needs: Inputs, members: int, batch_major: bool) -> Plan:
     """The plan for tensors on a CUDA device."""
     O, I = t.weight.shape
-    x = t.x
-    B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
+    x, B = t.x, examples(t.x, batch_major)
+    if free(members, B):
+        return Plan("composed", "composed")
     arch = architecture(x.device.index)
     unit = 16 if arch == 80 else 16 // x.element_size()  # what vector loads, or descriptors, need
     strides = (O, *x.stride()[:-1], *t.weight.stride()[:-1], *t.delta.stride()[:-1])

@@ -7,8 +7,14 @@ of y. u and v are None where they are r and s.
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._batch_ensemble_linear_plan import tf32_allowed
-from landscape_fast.ops._batch_ensemble_linear_ways import members_dim, per_row, scaled
+from landscape_fast.ops._batch_ensemble_linear_plan import examples, tf32_allowed
+from landscape_fast.ops._batch_ensemble_linear_ways import composed_backward as layer_backward
+from landscape_fast.ops._batch_ensemble_linear_ways import (
+    member_major,
+    members_dim,
+    per_row,
+    scaled,
+)
 from landscape_fast.ops._dispatch import rounded
 from landscape_fast.ops._hyper_batch import Inputs, held_in_float32, in_dtypes, tied
 from landscape_fast.ops._library import define
@@ -48,12 +54,15 @@ def composed_backward(
     first = (needs.x, needs.weight, needs.r, needs.s)
     need_u, need_v = needs.r if t.u is None else needs.u, needs.s if t.v is None else needs.v
     second = (needs.x, needs.delta, need_u, need_v)
-    dx, found["weight"], found["r"], found["s"] = _branch(
-        dy, t.x, t.weight, r, s, None, first, batch_major
+    how = (False, None, batch_major)  # without a bias
+    dx, found["weight"], found["r"], found["s"], _ = layer_backward(
+        dy, t.x, t.weight, r, s, None, (*first, False), *how
     )
     if any(second):
         z2 = z2 if at == low else None  # it was rounded
-        dx2, found["delta"], du, dv = _branch(dy * t.e, t.x, t.delta, u, v, z2, second, batch_major)
+        dx2, found["delta"], du, dv, _ = layer_backward(
+            dy * t.e, t.x, t.delta, u, v, z2, (*second, False), *how
+        )
         found["x"] = None if dx is None else dx + dx2
         for tie, name, own, gradient in ((t.u, "r", "u", du), (t.v, "s", "v", dv)):
             if tie is not None:
@@ -81,34 +90,6 @@ def elementwise(
         rows = (0, 1) if t.delta_bias.ndim == 1 else examples
         found["delta_bias"] = (dy.to(dtype) * t.e_bias.to(dtype)).sum(rows)
     return found
-
-
-def _branch(d, x, weight, r, s, z, needs, batch_major: bool):
-    """Gradients of ((x * r) weight^T) * s for the incoming d: x, weight, r, s, where needed."""
-    need_x, need_weight, need_r, need_s = needs
-    members = members_dim(batch_major)
-    examples = 1 - members
-    dx = dweight = dr = ds = a = None
-    need_s, need_r = need_s and s is not None, need_r and r is not None
-    if need_weight or (need_s and z is None):
-        a = scaled(x, r, batch_major)
-    if need_s:
-        z = a @ weight.T if z is None else z
-        ds = (d * _of_members(z, batch_major)).sum(examples)
-    if s is not None and (need_x or need_weight or need_r):
-        d = d * per_row(s, batch_major)
-    if x.ndim == 2 and r is None and (need_x or need_weight):
-        d = d.sum(members)  # one product serves all members
-    if need_weight:
-        dweight = d.flatten(0, -2).T @ a.flatten(0, -2)
-    if need_x or need_r:
-        g = d @ weight
-        if need_r:
-            dr = (g * _of_members(x, batch_major)).sum(examples)
-        if need_x:
-            dx = g if r is None else g * per_row(r, batch_major)
-            dx = dx.sum(members) if dx.ndim > x.ndim else dx
-    return dx, dweight, dr, ds
 
 
 def _of_members(t: Tensor, batch_major: bool) -> Tensor:
@@ -145,7 +126,8 @@ def fused_backward(
     """Gradients by the kernels; those of e and the responding biases by library calls."""
     by_kernel = needs._replace(e=False, delta_bias=False, e_bias=False)
     others = needs._replace(bias=False)
-    low = Inputs(*rounded(t.x.dtype, *t)) if any((needs.e, needs.delta_bias, needs.e_bias)) else t
+    s, v, delta_bias = rounded(t.x.dtype, t.s, t.v, t.delta_bias)
+    low = t._replace(s=s, v=v, delta_bias=delta_bias)
     at = torch.float32 if held_in_float32(t, needs) else t.x.dtype
     found = dict.fromkeys(Inputs._fields) | elementwise(dy, low, z2, others, batch_major, at)
     if any(by_kernel):
@@ -161,7 +143,7 @@ BY_KERNEL = ("x", "weight", "delta", "r", "s", "u", "v", "bias")
 def _forward_fake(
     x, weight, delta, e, r, s, u, v, bias, delta_bias, e_bias, members, batch_major, keep
 ):
-    B = x.shape[0] if x.ndim == 2 or batch_major else x.shape[1]
+    B = examples(x, batch_major)
     rows = (B, members) if batch_major else (members, B)
     y = x.new_empty(*rows, weight.shape[0])
     return y, x.new_empty(y.shape if keep else (0,))
@@ -174,8 +156,8 @@ def _forward_impl(
 
     t = Inputs(x, *rounded(x.dtype, weight, delta), e, r, s, u, v, bias, delta_bias, e_bias)
     y, z = _forward_fake(*t, members, batch_major, keep)
-    rows = {name: _member_major(getattr(t, name), batch_major) for name in ("x", "e", "e_bias")}
-    outputs = [_member_major(y, batch_major), _member_major(z, batch_major) if keep else None]
+    rows = {name: member_major(getattr(t, name), batch_major) for name in ("x", "e", "e_bias")}
+    outputs = [member_major(y, batch_major), member_major(z, batch_major) if keep else None]
     hyper_batch_linear_fwd(*t._replace(**rows), *outputs, tf32_allowed())
     return y, z
 
@@ -196,16 +178,12 @@ def _backward_impl(dy, x, weight, delta, e, r, s, u, v, bias, needs, batch_major
     found = _backward_fake(dy, *t[:9], needs, batch_major)
     wanted = [g if getattr(needs, n) else None for n, g in zip(BY_KERNEL, found, strict=True)]
     if needs.x:
-        wanted[0] = _member_major(found[0], batch_major)
-    dy, x, e = (_member_major(a, batch_major) for a in (dy, x, e))
+        wanted[0] = member_major(found[0], batch_major)
+    dy, x, e = (member_major(a, batch_major) for a in (dy, x, e))
     weights = rounded(x.dtype, weight, delta)
     exact = held_in_float32(t, needs)
     hyper_batch_linear_bwd(dy, x, *weights, e, r, s, u, v, *wanted, tf32_allowed(), exact=exact)
     return found
-
-
-def _member_major(t: Tensor | None, batch_major: bool) -> Tensor | None:
-    return t.transpose(0, 1) if t is not None and batch_major and t.ndim == 3 else t
 
 
 forward_op = define(

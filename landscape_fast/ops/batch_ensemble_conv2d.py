@@ -1,21 +1,29 @@
 """A convolution of M members that share one weight up to rank-one factors (BatchEnsemble)."""
 
-from functools import cache
 from math import prod
 
 import torch
 from torch import Tensor
 
 from landscape_fast.ops import _dispatch
-from landscape_fast.ops._batch_ensemble_conv2d_fused import channels_last, fusable, tf32_allowed
+from landscape_fast.ops._batch_ensemble_conv2d_fused import channels_last, fusable, kind_of
 from landscape_fast.ops._batch_ensemble_conv2d_plan import Plan, Problem, choose
 from landscape_fast.ops._batch_ensemble_conv_autograd import apply
 from landscape_fast.ops._batch_ensemble_conv_checks import Conv, output_size
 from landscape_fast.ops._batch_ensemble_conv_nd import library_plan, prepare
 from landscape_fast.ops._batch_ensemble_conv_ways import definition
 from landscape_fast.ops._batch_ensemble_linear_plan import Needs
+from landscape_fast.ops._batch_ensemble_linear_plan import architecture as _architecture
 from landscape_fast.ops._checks import message
-from landscape_fast.ops._dispatch import KERNEL_DTYPES, declare, pick, transforming, wants_grad
+from landscape_fast.ops._dispatch import (
+    KERNEL_DTYPES,
+    declare,
+    free,
+    pick,
+    transforming,
+    wants_grad,
+    without_autocast,
+)
 
 OP = "batch_ensemble_conv2d"
 FUSED = Plan("fused", "fused")
@@ -74,8 +82,9 @@ def batch_ensemble_conv2d(
 
     Cost: one convolution of M*B images, and at most one pass over its input and output for the
         factors. A shared `x` without `r` is convolved once, for all members. Of the activations
-        `x` alone is kept for the backward (and y with an activation), which for small images on a
-        CPU convolves once more for ds. Differentiable to any order.
+        `x` alone is kept for the backward (and y with an activation), which convolves once more for
+        ds where one call of the library serves all members: for small images on a CPU, and on a GPU
+        where that is expected to be quickest. Differentiable to any order.
 
     Source: Wen et al. 2020 (arXiv:2002.06715).
 
@@ -112,7 +121,7 @@ def batch_ensemble_conv2d_reference(
     options = (stride, padding, dilation, groups, padding_mode, (0, 0), False)
     given = (x, weight, r, s, bias)
     tensors, members, conv = prepare(OP, given, options, layout, activation, (2,))
-    y = definition(*tensors, members, conv, activation)
+    y = definition(*tensors, conv, activation)
     return y.flatten(0, 1) if layout == "folded" else y
 
 
@@ -127,34 +136,27 @@ def run_images(
         got = conv.groups if argument == "groups" else repr(conv.mode)
         raise ValueError(message(OP, argument, f"{rule} with backend 'triton'", got))
     if transforming() or x.numel() == 0:
-        return definition(*tensors, members, conv, activation)
+        with without_autocast(x.device.type):
+            return definition(*tensors, conv, activation)
     forced = backend == "triton" or _dispatch.FORCED == "triton"
-    if name == "torch" and x.device.type != "cuda":
-        plan = library_plan(tensors, members, conv)
-    elif name == "triton" and forced and not obstacle:
+    if name == "triton" and forced and not obstacle:
         plan = FUSED
+    elif x.device.type != "cuda" and (name == "torch" or forced):
+        plan = library_plan(tensors, members, conv)
     else:
         plan = _plan(tensors, members, conv, name == "triton" and not obstacle)
     return apply(*tensors, members, conv, activation, plan)
 
 
-@cache
-def _architecture(index: int) -> int:
-    """Which column of the plan's tables a CUDA device belongs to."""
-    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(index)[0], 80)
-
-
-_architecture._dynamo_marked_constant = True  # torch.compile may take its answer for granted
-
-
 def _plan(tensors: tuple, members: int, conv: Conv, fused: bool) -> Plan:
     x, weight, r, s, _ = tensors
+    if free(members, *x.shape[1:]):
+        return Plan("once", "once")
     needs = Needs(*[wants_grad(t) for t in tensors]) if torch.is_grad_enabled() else Needs()
     (O, _, *kernel), (B, I, *size) = weight.shape, x.shape[1:]
-    kind = "half" if x.dtype != torch.float32 else "tf32" if tf32_allowed() else "ieee"
     problem = Problem(
         members, B, I, O, prod(kernel), prod(size), prod(output_size(size, kernel, conv)),
-        _architecture(x.device.index), kind, x.shape[0] == 1 and members > 1,
+        _architecture(x.device.index), kind_of(x.dtype), x.shape[0] == 1 and members > 1,
         r is not None, s is not None, channels_last(x),
     )  # fmt: skip
     return choose(problem, needs, fused)

@@ -15,6 +15,7 @@ from landscape_fast.ops._batch_ensemble_linear_index import indexed, indexed_ref
 from landscape_fast.ops._batch_ensemble_linear_plan import (
     COMPOSED,
     FUSED,
+    OUTER,
     Needs,
     Plan,
     composed_plan,
@@ -38,6 +39,8 @@ from landscape_fast.ops._dispatch import (
     as_rounded,
     autocast_input,
     declare,
+    free,
+    held,
     pick,
     reference_backward,
     rounded,
@@ -99,9 +102,10 @@ def batch_ensemble_linear(
             raise there too. In a compiled graph and under a functorch transform the row is NaN.
 
     Cost: 2 * M * B * I * O flops, and twice as many for the gradients; x, weight and y moved once.
-        The backward keeps `x`, and y with an activation, but no product: except that on the "torch"
-        path (x * r) weight^T is kept for ds, where that is quicker (on a CPU, B < I / 2) and ds has
-        the dtype of `x`. Gradients are deterministic, and differentiable again.
+        The backward keeps `x`, and y with an activation, but no product. Only on the "torch" path
+        (x * r) weight^T is kept for ds, except in float32 and float64 on a CPU from B = I / 2 on,
+        and where gradients are float32 beside a 16-bit `x`. Gradients are deterministic, and
+        differentiable again.
 
     Source: Wen et al. 2020 (arXiv:2002.06715); as used by TabM (arXiv:2410.24210).
 
@@ -135,7 +139,7 @@ def batch_ensemble_linear(
         x = x.unflatten(0, (members, x.shape[0] // members))
     tensors, sizes = (x, weight, r, s, bias), (members, layout == "batch_major")
     needs = Needs(*[wants_grad(t) for t in tensors]) if torch.is_grad_enabled() else Needs()
-    plan = _plan(name, backend, *tensors, sizes, needs)
+    plan = _plan(name, backend, *tensors[:4], sizes, needs)
     if any(needs):
         y = _BatchEnsembleLinear.apply(*tensors, *sizes, relu, *plan)
     else:
@@ -172,20 +176,16 @@ def batch_ensemble_linear_reference(
     return (y.relu() if relu else y).to(dtype)
 
 
-def _plan(name, backend, x, weight, r, s, bias, sizes, needs) -> Plan:
+def _plan(name, backend, x, weight, r, s, sizes, needs) -> Plan:
     """How to run: as forced, or else as the table of the device says."""
-    exact = False
-    if x.dtype != torch.float32 and any(needs[1:4]):
-        held = zip((weight, r, s), needs[1:4], strict=True)
-        exact = any(need and t.dtype != x.dtype for t, need in held)
+    exact = held(x, (weight, r, s), needs[1:4])
     if backend == "triton" or _dispatch.FORCED == "triton":
         return FUSED._replace(backward="G") if exact and FUSED.backward == "H" else FUSED
     if name == "cpp" and "cpp" in (backend, _dispatch.FORCED):
         return CPP
     B = examples(x, sizes[1])
-    if not (isinstance(B, int) and isinstance(sizes[0], int)):
-        # an exported graph must hold for every size that is free, so none may decide
-        return COMPOSED._replace(backward="outer") if exact else COMPOSED
+    if free(B, sizes[0]):
+        return OUTER if exact else COMPOSED
     if name == "torch":
         return composed_plan(x, B, x.shape[-1], needs, exact)
     if name == "cpp":
@@ -199,7 +199,7 @@ def _forward(x, weight, r, s, bias, members, batch_major, relu, way):
         return cpu_forward(x, weight, r, s, bias, members, batch_major, relu), None
     if way == "fused":
         return forward_op(x, weight, r, s, bias, members, batch_major, relu), None
-    return composed(x, *rounded(x.dtype, weight, r, s, bias), members, batch_major, relu)
+    return composed(x, *rounded(x.dtype, weight, r, s, bias), batch_major, relu)
 
 
 class _BatchEnsembleLinear(torch.autograd.Function):

@@ -6,7 +6,7 @@ from torch import Tensor
 from landscape_fast.ops import _dispatch
 from landscape_fast.ops import _hyper_batch as shared
 from landscape_fast.ops._batch_ensemble_conv2d_fused import fusable
-from landscape_fast.ops._batch_ensemble_conv_checks import Conv, geometry, output_size
+from landscape_fast.ops._batch_ensemble_conv_checks import Conv, check_pixels, geometry
 from landscape_fast.ops._checks import FLOATS, check_tensor, check_types, message, names, require
 from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
@@ -94,8 +94,9 @@ def hyper_batch_conv2d(
         ValueError: if shapes, dtypes, devices or options disagree; if only one of delta_bias and
             e_bias is given; if the backend cannot run here.
 
-    Cost: two convolutions of M*B images, and one pass over their outputs. Of the activations x and
-        the second one's output are kept for the backward. Differentiable to any order.
+    Cost: two convolutions of M*B images, and one pass over their outputs. Of the activations x is
+        kept for the backward, and the second one's output where the gradient of e is wanted.
+        Differentiable to any order.
 
     Source: Wenzel et al. 2020 (arXiv:2006.13570); self-tuning networks: MacKay et al. 2019
         (arXiv:1903.03088).
@@ -115,7 +116,8 @@ def hyper_batch_conv2d(
         got = groups if argument == "groups" else repr(padding_mode)
         raise ValueError(message(OP, argument, f"{rule} with backend 'triton'", got))
     if transforming() or t.x.numel() == 0:
-        y = definition(t, conv)
+        with without_autocast(t.x.device.type):
+            y = definition(t, conv)
     else:
         e, e_bias = rounded(t.x.dtype, t.e, t.e_bias)  # activations, like x
         t = t._replace(e=e, e_bias=e_bias)
@@ -204,10 +206,7 @@ def _check(t: Inputs, conv: Conv, layout: str) -> int:
     if folded:
         rule = f"[M*B, I, H, W] with rows divisible by M = {M}"
         require(x.shape[0] % M == 0, OP, "x", rule, list(x.shape))
-    kernel, pixels = tuple(t.weight.shape[2:]), tuple(x.shape[-2:])
-    fits = all(n >= 1 for n in (*pixels, *output_size(pixels, kernel, conv)))
-    rule = f"of at least one output pixel for a kernel {list(kernel)}"
-    require(fits, OP, "x", rule, list(x.shape))
+    check_pixels(OP, x, t.weight, conv)
     return M
 
 

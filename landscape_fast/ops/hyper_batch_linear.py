@@ -93,10 +93,10 @@ def hyper_batch_linear(
             e_bias is given; if the backend cannot run here.
 
     Cost: 4 * M * B * I * O flops, and twice as many for the gradients; on the "torch" path half as
-        many again where ds is wanted. Of the activations x and one product with delta are kept for
-        the backward, besides e. Float32 on a CPU ("cpp") runs on the kernels of
-        `batch_ensemble_linear`, and keeps what they do. Gradients are deterministic, and
-        differentiable again.
+        many again where ds is wanted. Of the activations x and e are kept for the backward, and one
+        product with delta where the gradient of e is wanted (or on the "torch" path that of v, or
+        of s in its place). Float32 on a CPU ("cpp") runs on the kernels of `batch_ensemble_linear`,
+        and keeps what they do. Gradients are deterministic, and differentiable again.
 
     Source: Wenzel et al. 2020 (arXiv:2006.13570); self-tuning networks: MacKay et al. 2019
         (arXiv:1903.03088).
@@ -119,13 +119,14 @@ def hyper_batch_linear(
     members = _check(t, layout)
     name = pick(OP, backend, t.x)
     if transforming() or 0 in (*t.x.shape, *weight.shape):
-        return hyper_batch_linear_reference(*t, layout=layout)
+        with without_autocast(t.x.device.type):
+            return hyper_batch_linear_reference(*t, layout=layout)
     t = shared.unfolded(t, members) if layout == "folded" else t
     e, e_bias = rounded(t.x.dtype, t.e, t.e_bias)  # activations, like x
     t = t._replace(e=e, e_bias=e_bias)
     batch_major = layout == "batch_major"
     once = t.x.ndim == 2 and t.r is None  # one library product serves all members
-    if name == "cpp" and not (once and backend == "auto"):
+    if name == "cpp" and not (once and "cpp" not in (backend, _dispatch.FORCED)):
         y = two_layers(t, members, batch_major, backend)
         return y.flatten(0, 1) if layout == "folded" else y
     needs = Inputs(*[wants_grad(value) for value in t])

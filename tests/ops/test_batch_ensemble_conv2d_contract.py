@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from landscape_fast.ops import _batch_ensemble_conv2d_plan as plan
+from landscape_fast.ops import _batch_ensemble_conv_ways as ways
 from landscape_fast.ops._batch_ensemble_conv2d_plan import Plan, Problem
 from landscape_fast.ops._batch_ensemble_linear_plan import Needs
 from landscape_fast.ops.batch_ensemble_conv2d import (
@@ -160,7 +161,7 @@ def test_problem_is_read_off_the_arguments(automatic, monkeypatch, device):
     monkeypatch.setattr(PAGE, "choose", note)
     x, weight, r, s, bias = inputs(device, grad=False)
     batch_ensemble_conv2d(x, weight, r, s, bias, stride=2, padding=1)
-    kind = "tf32" if PAGE.tf32_allowed() else "ieee"
+    kind = PAGE.kind_of(torch.float32)
     common = Problem(M, B, I, O, 9, 64, 16, 90, kind)
     batch_ensemble_conv2d(x[0].half(), weight.half(), None, s.half(), padding="same")
     batch_ensemble_conv2d(x.contiguous(), weight, r.requires_grad_())
@@ -172,6 +173,30 @@ def test_problem_is_read_off_the_arguments(automatic, monkeypatch, device):
     strided = common._replace(outputs=36, has_s=False, channels_last=False)
     assert asked[2] == (strided, Needs(r=True), True)
     assert not asked[3][2] and not asked[4][2]
+
+
+def test_forced_kernels_leave_groups_to_the_library(monkeypatch, device):
+    monkeypatch.setattr(PAGE._dispatch, "FORCED", "triton")
+    x, weight, *factors = inputs(device, grad=False)
+    for given, options in ((weight[:, :4], {"groups": 2}), (weight, {"padding_mode": "reflect"})):
+        arguments, options = (x, given, *factors), {**options, "padding": 1}
+        truth = batch_ensemble_conv2d_reference(*arguments, **options)
+        found = batch_ensemble_conv2d(*arguments, **options)
+        torch.testing.assert_close(found, truth, atol=1e-4, rtol=1e-5)
+
+
+def test_frozen_parameters_need_no_exact_gradients(monkeypatch, device):
+    """One convolution for all members, as without them: only x is wanted, and it has 16 bits."""
+    monkeypatch.setattr(ways, "backward_merged", None)
+    monkeypatch.setattr(PAGE, "library_plan", lambda *arguments: Plan("once", "once"))
+    x, weight, r, s, bias = inputs(device, grad=False)
+    x = x.half().requires_grad_()
+    frozen = (weight, r, s, bias.requires_grad_())
+    y = batch_ensemble_conv2d(x, *frozen, backend="torch")
+    truth = batch_ensemble_conv2d_reference(x, *frozen)
+    dy = torch.randn_like(y)
+    (dx,), (expected,) = (torch.autograd.grad(of, x, dy) for of in (y, truth))
+    assert (dx - expected).norm() <= 2e-3 * expected.norm()  # each is rounded to float16
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
