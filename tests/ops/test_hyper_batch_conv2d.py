@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from landscape_fast.ops import hyper_batch_conv2d, hyper_batch_conv2d_reference
-from landscape_fast.ops._hyper_batch_conv2d_fused import backward_op, forward_op
+from landscape_fast.ops._batch_ensemble_conv2d_plan import Problem
+from landscape_fast.ops._hyper_batch_conv2d_fused import Plan, backward_op, choose, forward_op
 from landscape_fast.testing import check_hessian, check_op, check_registered, check_transforms
 
 BACKENDS = ["torch", "triton"]
@@ -261,6 +262,11 @@ def test_meta_device():
         ({"padding": "same", "stride": 2}, r"stride must be 1 with padding 'same'; got"),
         ({"groups": 4}, r"groups must be a divisor of O = 6; got 4"),
         ({"padding_mode": "mirror"}, r"padding_mode must be one of 'zeros'"),
+        (
+            {"padding": (1, 6), "padding_mode": "reflect"},
+            r"padding must be at most \[4, 5\] with padding_mode 'reflect' on pixels \[5, 6\]",
+        ),
+        ({"padding": 6, "padding_mode": "circular"}, r"padding must be at most \[5, 6\] with"),
         ({"x": torch.zeros(2, 3, 4, 2, 2)}, r"x must be of at least one output pixel for a kernel"),
         ({"s": torch.zeros(2, 6).double()}, r"s must be of the dtype of x, float32; got float64"),
         (
@@ -275,6 +281,13 @@ def test_refuses(changes, message):
     expected = TypeError if "Tensor; got" in message else ValueError
     with pytest.raises(expected, match=rf"^hyper_batch_conv2d: {message}"):
         hyper_batch_conv2d(**{**arguments, **changes})
+
+
+def test_the_kernels_take_channels_last():
+    """As they do without a response: elsewhere they would load channels one by one."""
+    problem = Problem(4, 64, 64, 64, 9, 256, 256)
+    assert choose(problem) == Plan("fused", "fused")
+    assert choose(problem._replace(channels_last=False)) == Plan("composed", "composed")
 
 
 def test_kernels_refuse_groups():

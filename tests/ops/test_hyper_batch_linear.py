@@ -1,6 +1,7 @@
 """hyper_batch_linear: every layout and backend against the definition, and its contract."""
 
 import itertools
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -362,6 +363,18 @@ def test_refuses(changes, message):
     expected = TypeError if "Tensor; got" in message else ValueError
     with pytest.raises(expected, match=rf"^hyper_batch_linear: {message}"):
         hyper_batch_linear(**{**arguments, **changes})
+
+
+def test_the_kernels_of_a_cpu_can_be_forced(monkeypatch):
+    """A shared x without r goes to the library, unless somebody wants otherwise."""
+    page, arguments = sys.modules[hyper_batch_linear.__module__], inputs(2, 3, 4, 5, "shared")[:4]
+    monkeypatch.setattr(page, "pick", lambda op, backend, tensor: "cpp")
+    monkeypatch.setattr(page, "two_layers", lambda *arguments: "kernels")
+    assert hyper_batch_linear(*arguments, backend="cpp") == "kernels"
+    monkeypatch.setattr(page._dispatch, "FORCED", "auto")
+    assert torch.is_tensor(hyper_batch_linear(*arguments))
+    monkeypatch.setattr(page._dispatch, "FORCED", "cpp")
+    assert hyper_batch_linear(*arguments) == "kernels"
 
 
 def test_refuses_rows_that_do_not_divide():
