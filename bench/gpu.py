@@ -6,9 +6,9 @@ time does not stop the next one, and what it had found is kept: one JSON-lines f
 machine, every part's outcome, every test that failed and every row of the benches. The last lines
 printed say what passed, what was skipped, and which targets were met.
 
-What comes after the benches of the main ops (TabM's step, memory, the hyper-batch and small ops,
-three more sanitizers, large tensors) runs in the time that is left, and may be left out for want of
-it. `--only PART ...` runs parts by name in a time of their own: `--only "bench tabm_step" memory`.
+What comes after the benches of the main ops (TabM's step, training, memory, the hyper-batch and
+small ops, three more sanitizers, large tensors) runs in the time that is left, or not at all.
+`--only PART ...` runs parts by name in a time of their own: `--only "bench tabm_step" memory`.
 
 The file is out/landscape_fast_gpu.jsonl, or landscape_fast_gpu.jsonl in $OUT where that is set.
 """
@@ -64,7 +64,7 @@ def parts(device: str, quick: bool, out: Path) -> list[Part]:
     return [
         Part("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 110, False),
         Part("the extension has CUDA kernels", [python, "-c", loads], 15),
-        Part("gpu tests", [*test, *spread, "tests/gpu", "tests/methods", *marked], 100),
+        Part("gpu tests", [*test, *spread, "tests/gpu", *marked], 100),
         Part("op tests", [*test, *spread, "tests/ops", "tests/nn"], 65),
         Part("memcheck", [*test, "tests/gpu/test_sanitizer.py", "-k", "memcheck"], 45),
         bench("batch_ensemble_linear", 50),
@@ -72,6 +72,7 @@ def parts(device: str, quick: bool, out: Path) -> list[Part]:
         bench("pairwise_divergence", 25),
         bench(MAIN, 20),
         bench("tabm_step", 45),
+        Part("training tests", [*test, "tests/methods", *marked], 40),
         Part("memory", [python, "bench/memory.py", "--device", device, f"--out={out}"], 20),
         bench("hyper_batch_linear", 20),
         bench("ensemble_summary", 20),
