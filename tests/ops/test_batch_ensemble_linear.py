@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ops.problem import gradients, inputs, keyword
 
 from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear,
@@ -17,23 +18,6 @@ BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # not to be trusted 
 # (M, B, I, O): ones, primes, more than one tile, few examples, many
 SHAPES = [(1, 1, 1, 1), (2, 7, 5, 3), (5, 1, 33, 17), (1, 65, 3, 70), (3, 20, 40, 24)]
 LAYOUTS = ["member_major", "batch_major", "folded", "shared", "shared batch_major"]
-
-
-def inputs(M, B, I, O, layout="member_major", device="cpu", dtype=torch.float32):
-    """x, weight, r, s, bias for a layout; "shared" before it where the members share x."""
-    rows = {"member_major": (M, B), "batch_major": (B, M), "folded": (M * B,)}
-    rows = (B,) if layout.startswith("shared") else rows[layout]
-    shapes = ((*rows, I), (O, I), (M, I), (M, O), (M, O))
-    return [torch.randn(*shape, dtype=dtype).to(device) for shape in shapes]
-
-
-def keyword(layout):
-    return {"shared": "member_major"}.get(layout, layout.removeprefix("shared "))
-
-
-def gradients(y, tensors, dy=None):
-    dy = torch.randn_like(y) if dy is None else dy
-    return torch.autograd.grad(y, tensors, dy)
 
 
 def check(arguments, layout="member_major", **options):

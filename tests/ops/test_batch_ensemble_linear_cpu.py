@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from ops.problem import inputs, keyword
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape_fast import _extension
@@ -23,18 +24,6 @@ LAYOUTS = ["member_major", "batch_major", "folded", "shared", "shared batch_majo
 # (M, B, I, O): ones, primes, one more than a strip, a panel, a task, a block of examples or of I
 SHAPES = [(1, 1, 1, 1), (2, 7, 5, 3), (5, 1, 33, 17), (3, 15, 7, 57), (17, 2, 65, 31)]
 LONG = [(2, 257, 33, 29), (1, 113, 513, 258)]
-
-
-def inputs(M, B, I, O, layout="member_major"):
-    """x, weight, r, s, bias; "shared" before the layout where the members share x."""
-    rows = {"member_major": (M, B), "batch_major": (B, M), "folded": (M * B,)}
-    rows = (B,) if layout.startswith("shared") else rows[layout]
-    shapes = ((*rows, I), (O, I), (M, I), (M, O), (M, O))
-    return [torch.randn(*shape) for shape in shapes]
-
-
-def keyword(layout):
-    return {"shared": "member_major"}.get(layout, layout.removeprefix("shared "))
 
 
 def check(arguments, layout="member_major", **options):

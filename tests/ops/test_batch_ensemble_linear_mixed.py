@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from ops import problem
 
 from landscape_fast.ops import _batch_ensemble_linear_plan as plan
 from landscape_fast.ops import _batch_ensemble_linear_ways as ways
@@ -29,11 +30,8 @@ HELD = 1e-6  # promised for gradients held in float32; float32 sums of these len
 
 def inputs(M, B, I, O, layout="member_major", device="cpu", dtype=HALF):
     """x in `dtype`; weight, r, s, bias in float32, with values that `dtype` does not have."""
-    rows = {"member_major": (M, B), "batch_major": (B, M), "folded": (M * B,)}
-    rows = (B,) if layout == "shared" else rows[layout]
-    x = torch.randn(*rows, I).to(device, dtype)
-    shapes = ((O, I), (M, I), (M, O), (M, O))
-    return [x, *[torch.randn(shape).to(device) for shape in shapes]]
+    x, *held = problem.inputs(M, B, I, O, layout, device)
+    return [x.to(dtype), *held]
 
 
 def gradients(function, tensors, dy=None, dtype=None):

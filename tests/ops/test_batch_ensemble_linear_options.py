@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops.problem import assert_held, inputs, keyword
 
 from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear,
@@ -12,16 +13,6 @@ from landscape_fast.testing import check_hessian, check_op, check_transforms
 BACKENDS = ["torch", "triton"]
 LAYOUTS = ["member_major", "batch_major", "folded", "shared"]
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)  # not to be trusted when interpreted
-
-
-def inputs(M, B, I, O, layout="member_major", device="cpu", dtype=torch.float32):
-    rows = {"member_major": (M, B), "batch_major": (B, M), "folded": (M * B,), "shared": (B,)}
-    shapes = ((*rows[layout], I), (O, I), (M, I), (M, O), (M, O))
-    return [torch.randn(*shape, dtype=dtype).to(device) for shape in shapes]
-
-
-def keyword(layout):
-    return "member_major" if layout == "shared" else layout
 
 
 def far_from_zero(bias):
@@ -185,7 +176,7 @@ def test_index_gradients_held_in_float32(dtype, device):
     assert found[0].dtype == dtype
     for a, b in zip(found[1:], truth[1:], strict=True):
         assert a.dtype == torch.float32
-        assert (a.double() - b).norm() <= 1e-6 * b.norm()
+        assert_held(a, b)
 
 
 def test_sorted_index_is_the_folded_layout(device):

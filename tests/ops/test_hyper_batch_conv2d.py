@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.problem import assert_held, gradients, keyword
 
 from landscape_fast.ops import hyper_batch_conv2d, hyper_batch_conv2d_reference
 from landscape_fast.ops._batch_ensemble_conv2d_plan import Problem
@@ -43,12 +44,8 @@ def without(arguments, absent):
     return [None if i in absent else t for i, t in enumerate(arguments)]
 
 
-def gradients(y, tensors, dy=None):
-    return torch.autograd.grad(y, tensors, torch.randn_like(y) if dy is None else dy)
-
-
 def check(arguments, layout="member_major", **options):
-    options["layout"] = "member_major" if layout == "shared" else layout
+    options["layout"] = keyword(layout)
     check_op(hyper_batch_conv2d, hyper_batch_conv2d_reference, arguments, **options)
 
 
@@ -152,7 +149,7 @@ def test_float32_parameters_beside_16_bits(tie, backend, device):
         # what is promised of parameters; activations have their own rounding, of both parts
         limit = 8 * torch.finfo(low).eps if name in activations else 1e-6
         assert a.dtype == (low if name in activations else torch.float32), name
-        assert (a.double() - b).norm() <= limit * b.norm(), name
+        assert_held(a, b, limit)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

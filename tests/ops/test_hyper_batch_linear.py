@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ops.problem import assert_held, gradients, keyword
 
 from landscape_fast import _extension
 from landscape_fast.ops import hyper_batch_linear, hyper_batch_linear_reference
@@ -33,17 +34,8 @@ def inputs(M, B, I, O, layout="member_major", device="cpu", dtype=torch.float32)
     return [torch.randn(*shape, dtype=dtype).to(device) for shape in shapes]
 
 
-def keyword(layout):
-    return {"shared": "member_major"}.get(layout, layout.removeprefix("shared "))
-
-
 def without(arguments, absent):
     return [None if i in absent else t for i, t in enumerate(arguments)]
-
-
-def gradients(y, tensors, dy=None):
-    dy = torch.randn_like(y) if dy is None else dy
-    return torch.autograd.grad(y, tensors, dy)
 
 
 def check(arguments, layout="member_major", **options):
@@ -223,8 +215,7 @@ def test_float32_parameters_beside_16_bits(tie, low, backend, device):
         else:
             assert a.dtype == torch.float32, name
             limit = 1e-6  # what is promised; rounding to 16 bits makes 1e-3
-        error = (a.double() - b).norm() / b.norm()
-        assert error <= limit, (name, error)
+        assert_held(a, b, limit)
 
 
 @pytest.mark.parametrize("backend", HALF_BACKENDS)
