@@ -54,6 +54,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def grid(op: str, programs: int) -> tuple[int]:
+    """A one-dimensional grid, checked against what the hardware takes."""
+    if programs > MAX_GRID_X:
+        rule = f"small enough for {MAX_GRID_X} programs"
+        raise ValueError(f"{op}: the problem must be {rule}; got {programs}")
+    return (programs,)
+
+
 @functools.cache
 def multiprocessors(index: int) -> int:
     """Streaming multiprocessors of a CUDA device."""

@@ -9,6 +9,8 @@ from ._launch import cdiv, on_device
 BLOCK = 4096  # elements one program reads at a time
 JOBS = 5  # sums per launch
 
+Jobs = list[tuple[torch.Tensor, torch.Tensor]]  # (parts, their sum), for `sum_parts`
+
 
 @triton.jit
 def _sum_block(part_ptr, out_ptr, block, count, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -53,7 +55,16 @@ def sum_parts_kernel(
             _sum_block(part4, out4, block, count4, n4, ROWS4, BLOCK)
 
 
-def sum_parts(jobs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def parts(jobs: Jobs, result: torch.Tensor | None, *shape: int) -> torch.Tensor | None:
+    """Float32 [*shape] for a kernel to fill with parts of `result`; adds their sum to `jobs`."""
+    if result is None:
+        return None
+    part = result.new_empty(shape, dtype=torch.float32)
+    jobs.append((part.view(-1, *result.shape), result))
+    return part
+
+
+def sum_parts(jobs: Jobs) -> None:
     """out = part.sum(0) for up to five pairs (part [count, *shape], out [*shape]), in one launch.
 
     Both are contiguous, `part` float32, `out` of any floating dtype. The order in which a sum is

@@ -9,21 +9,30 @@ import triton
 import triton.language as tl
 
 from . import batch_ensemble_conv2d_tiles as tiles
-from ._launch import AUTOTUNE, MAX_GRID_X, Config, arch, cdiv, fastest, on_device
-from .batch_ensemble_linear import precision
+from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, grid, on_device
+from .batch_ensemble_linear import offset, precision
+
+OP = "batch_ensemble_conv2d"
+MOST_PIXELS = 2**31 - 2**16  # kernels number them in 32 bits; tiles and splits reach beyond them
+
+
+@triton.jit
+def pixels(offs_p, H, W):
+    """(image, in 64 bits, row, column) of pixels that are numbered image by image."""
+    return (offs_p // (H * W)).to(tl.int64), offs_p // W % H, offs_p % W
 
 
 @triton.jit
 def pixel_tile(
     image, h, w, in_rows, tap, c, H, W, C, stride_h, stride_w, stride_c,
     step_h, step_w, dilation_h, dilation_w, KW: tl.constexpr, TAPS: tl.constexpr,
-    BACK: tl.constexpr,
+    BACK: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_P, BLOCK_K] of images [H, W, C], zero outside.
 
     Row: an image (a pointer) and the place (h, w) in it that tap 0 reads. Column: a tap and a
     channel. BACK gathers for the gradient of the input: (h, w) is then a place of the padded input,
-    and the tile holds the pixels of dy that it went into.
+    and the tile holds the pixels of dy that it went into. LONG: offsets in an image take 64 bits.
     """
     up = tap // KW * dilation_h
     left = tap % KW * dilation_w
@@ -39,13 +48,16 @@ def pixel_tile(
             inside &= at_w % step_w == 0
             at_w = at_w // step_w
         inside &= (at_h < H) & (at_w < W)
-        p = image[:, None] + (at_h * stride_h + at_w * stride_w + (c * stride_c)[None, :])
+        offs = offset(at_h, stride_h, LONG) + offset(at_w, stride_w, LONG)
+        p = image[:, None] + (offs + offset(c, stride_c, LONG)[None, :])
     else:
         at_h = h[:, None] + up[None, :]
         at_w = w[:, None] + left[None, :]
         inside &= (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
-        offs_k = up * stride_h + left * stride_w + c * stride_c
-        p = (image + h * stride_h + w * stride_w)[:, None] + offs_k[None, :]
+        offs_k = offset(up, stride_h, LONG) + offset(left, stride_w, LONG)
+        offs_k += offset(c, stride_c, LONG)
+        p = image + offset(h, stride_h, LONG) + offset(w, stride_w, LONG)
+        p = p[:, None] + offs_k[None, :]
     return tl.load(p, mask=inside, other=0.0)
 
 
@@ -58,14 +70,15 @@ def taps_and_channels(step, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
     return tap, step % parts * BLOCK_C + offs_k % BLOCK_C
 
 
-@triton.jit(do_not_specialize=["M", "B"])
+@triton.jit(do_not_specialize=["B"])
 def batch_ensemble_conv2d_fwd_kernel(
     x_ptr, weight_ptr, r_ptr, s_ptr, bias_ptr, y_ptr,
-    M, B, I, O, H, W, H_OUT, W_OUT,
+    B, I, O, H, W, H_OUT, W_OUT,
     step_h, step_w, pad_h, pad_w, dilation_h, dilation_w,
     x_stride_m, x_stride_b, x_stride_i, x_stride_h, x_stride_w, bias_stride_m,
     y_stride_m, y_stride_b, y_stride_o, y_stride_h, y_stride_w,
     KH: tl.constexpr, KW: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # One program computes BLOCK_P pixels of one member and BLOCK_O channels of y. The weight is
@@ -79,9 +92,7 @@ def batch_ensemble_conv2d_fwd_kernel(
     offs_o = tl.program_id(0) % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
     in_p = offs_p < B * H_OUT * W_OUT
     in_o = offs_o < O
-    b = (offs_p // (H_OUT * W_OUT)).to(tl.int64)
-    h = offs_p // W_OUT % H_OUT
-    w = offs_p % W_OUT
+    b, h, w = pixels(offs_p, H_OUT, W_OUT)
     image = x_ptr + m * x_stride_m + b * x_stride_b
 
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
@@ -90,11 +101,11 @@ def batch_ensemble_conv2d_fwd_kernel(
         tap, i = taps_and_channels(step, I, BLOCK_K, BLOCK_C)
         a = pixel_tile(image, h * step_h - pad_h, w * step_w - pad_w, in_p, tap, i, H, W, I,
                        x_stride_h, x_stride_w, x_stride_i, step_h, step_w,
-                       dilation_h, dilation_w, KW, TAPS, False)  # fmt: skip
+                       dilation_h, dilation_w, KW, TAPS, False, LONG)  # fmt: skip
         in_k = (tap < TAPS) & (i < I)
         if r_ptr is not None:  # x * r is rounded to the input dtype, as in plain PyTorch
             a = a * tl.load(r_ptr + m * I + i, mask=in_k, other=0.0).to(a.dtype)[None, :]
-        p_w = weight_ptr + (offs_o * (TAPS * I))[None, :] + (tap * I + i)[:, None]
+        p_w = weight_ptr + offset(offs_o, TAPS * I, LONG)[None, :] + (tap * I + i)[:, None]
         v = tl.load(p_w, mask=in_k[:, None] & in_o[None, :], other=0.0)
         acc = tl.dot(a, v, acc, input_precision=PRECISION)
 
@@ -107,8 +118,9 @@ def batch_ensemble_conv2d_fwd_kernel(
         acc += bias.to(low).to(tl.float32)[None, :]
     if RELU:  # NaN passes
         acc = tl.where(acc < 0, 0.0, acc)
-    p_y = y_ptr + m * y_stride_m + b * y_stride_b + h * y_stride_h + w * y_stride_w
-    p_y = p_y[:, None] + (offs_o * y_stride_o)[None, :]
+    p_y = y_ptr + m * y_stride_m + b * y_stride_b
+    p_y = p_y + offset(h, y_stride_h, LONG) + offset(w, y_stride_w, LONG)
+    p_y = p_y[:, None] + offset(offs_o, y_stride_o, LONG)[None, :]
     tl.store(p_y, acc.to(y_ptr.dtype.element_ty), mask=in_p[:, None] & in_o[None, :])
 
 
@@ -136,15 +148,16 @@ def batch_ensemble_conv2d_fwd(
     r, s, bias = (None if t is None else t.contiguous() for t in (r, s, bias))
     kh, kw = weight.shape[1:3]
     kind = tiles.kind_of(x.dtype, tf32)
+    count, long = checked_pixels(OP, B, *size), spans_long(weight, dilation, x, y)
     bias_stride = O if bias is not None and bias.ndim == 2 else 0
 
     def launch(c: Config) -> None:
         block_k, block_c = tiles.depth(c, kh * kw, I)
-        programs = M * cdiv(B * size[0] * size[1], c.tiles["BLOCK_P"])
-        batch_ensemble_conv2d_fwd_kernel[grid(programs * cdiv(O, c.tiles["BLOCK_O"]))](
-            x, weight, r, s, bias, y, M, B, I, O, H, W, *size, *step, *pad, *dilation,
+        programs = M * cdiv(count, c.tiles["BLOCK_P"]) * cdiv(O, c.tiles["BLOCK_O"])
+        batch_ensemble_conv2d_fwd_kernel[grid(OP, programs)](
+            x, weight, r, s, bias, y, B, I, O, H, W, *size, *step, *pad, *dilation,
             *member_strides(x), bias_stride, *y.stride(),
-            KH=kh, KW=kw, RELU=relu, PRECISION=precision(kind),
+            KH=kh, KW=kw, RELU=relu, PRECISION=precision(kind), LONG=long,
             **(c.options() | {"BLOCK_K": block_k, "BLOCK_C": block_c}),
         )  # fmt: skip
 
@@ -164,9 +177,19 @@ def member_strides(x: torch.Tensor) -> tuple[int, ...]:
     return (x.stride(0) if x.shape[0] > 1 else 0, *x.stride()[1:])
 
 
-def grid(programs: int) -> tuple[int]:
-    """A one-dimensional grid, checked against what the hardware takes."""
-    if programs > MAX_GRID_X:
-        rule = f"small enough for {MAX_GRID_X} programs"
-        raise ValueError(f"batch_ensemble_conv2d: the problem must be {rule}; got {programs}")
-    return (programs,)
+def spans_long(weight: torch.Tensor, dilation: tuple[int, int], *images: torch.Tensor) -> bool:
+    """Whether an offset in the weight, or in an image [C, H, W] and around it, takes 64 bits."""
+    around = [0, *((k - 1) * d for k, d in zip(weight.shape[1:3], dilation, strict=True))]
+    spans = [weight.numel()]
+    for t in images:
+        sizes = zip(t.shape[2:], around, t.stride()[2:], strict=True)
+        spans.append(sum((n - 1 + more) * stride for n, more, stride in sizes))
+    return max(spans) >= 2**31
+
+
+def checked_pixels(op: str, B: int, H: int, W: int) -> int:
+    """Pixels of all images of a member, which kernels number in 32 bits."""
+    if B * H * W > MOST_PIXELS:
+        rule = f"have at most {MOST_PIXELS} pixels per member"
+        raise ValueError(f"{op}: images must {rule}; got {B * H * W}")
+    return B * H * W

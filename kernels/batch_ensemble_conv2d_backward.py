@@ -11,10 +11,18 @@ import triton
 import triton.language as tl
 
 from . import batch_ensemble_conv2d_tiles as tiles
-from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, on_device
-from ._reduce import sum_parts
-from .batch_ensemble_conv2d import grid, member_strides, pixel_tile, taps_and_channels
-from .batch_ensemble_linear import precision
+from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, grid, on_device
+from ._reduce import Jobs, parts, sum_parts
+from .batch_ensemble_conv2d import (
+    OP,
+    checked_pixels,
+    member_strides,
+    pixel_tile,
+    pixels,
+    spans_long,
+    taps_and_channels,
+)
+from .batch_ensemble_linear import offset, precision
 
 
 @triton.jit(do_not_specialize=["M", "B"])
@@ -25,6 +33,7 @@ def batch_ensemble_conv2d_bwd_x_kernel(
     dy_stride_m, dy_stride_b, dy_stride_o, dy_stride_h, dy_stride_w,
     dx_stride_m, dx_stride_b, dx_stride_i, dx_stride_h, dx_stride_w,
     KH: tl.constexpr, KW: tl.constexpr, SHARED_X: tl.constexpr, PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # One program computes BLOCK_P pixels and BLOCK_I channels of dx for one member or, for a shared
@@ -37,9 +46,7 @@ def batch_ensemble_conv2d_bwd_x_kernel(
     offs_i = tl.program_id(0) % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     in_p = offs_p < B * H * W
     in_i = offs_i < I
-    b = (offs_p // (H * W)).to(tl.int64)
-    h = offs_p // W % H
-    w = offs_p % W
+    b, h, w = pixels(offs_p, H, W)
     if SHARED_X:
         first = 0
         last = M
@@ -59,11 +66,11 @@ def batch_ensemble_conv2d_bwd_x_kernel(
             tap, o = taps_and_channels(step, O, BLOCK_K, BLOCK_C)
             a = pixel_tile(image, h + pad_h, w + pad_w, in_p, tap, o, H_OUT, W_OUT, O,
                            dy_stride_h, dy_stride_w, dy_stride_o, step_h, step_w,
-                           dilation_h, dilation_w, KW, TAPS, True)  # fmt: skip
+                           dilation_h, dilation_w, KW, TAPS, True, LONG)  # fmt: skip
             in_k = (tap < TAPS) & (o < O)
             if s_ptr is not None:  # dy * s is rounded to the input dtype, as in plain PyTorch
                 a = a * tl.load(s_ptr + m * O + o, mask=in_k, other=0.0).to(low)[None, :]
-            p_w = weight_ptr + ((o * TAPS + tap) * I)[:, None] + offs_i[None, :]
+            p_w = weight_ptr + offset(o * TAPS + tap, I, LONG)[:, None] + offs_i[None, :]
             v = tl.load(p_w, mask=in_k[:, None] & in_i[None, :], other=0.0)
             t = tl.dot(a, v, t, input_precision=PRECISION)
         if r_ptr is not None:
@@ -76,7 +83,8 @@ def batch_ensemble_conv2d_bwd_x_kernel(
         p_dx = dx_ptr + b * dx_stride_b
     else:
         p_dx = dx_ptr + tl.cast(first, tl.int64) * dx_stride_m + b * dx_stride_b
-    p_dx = (p_dx + h * dx_stride_h + w * dx_stride_w)[:, None] + (offs_i * dx_stride_i)[None, :]
+    p_dx = p_dx + offset(h, dx_stride_h, LONG) + offset(w, dx_stride_w, LONG)
+    p_dx = p_dx[:, None] + offset(offs_i, dx_stride_i, LONG)[None, :]
     tl.store(p_dx, t.to(dx_ptr.dtype.element_ty), mask=in_p[:, None] & in_i[None, :])
 
 
@@ -86,7 +94,8 @@ def outer_tile(
     step_h, step_w, pad_h, pad_w, dilation_h, dilation_w,
     x_stride_m, x_stride_b, x_stride_i, x_stride_h, x_stride_w,
     dy_stride_m, dy_stride_b, dy_stride_o, dy_stride_h, dy_stride_w,
-    BIAS: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, LONG: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A tile of G_m over output pixels [first, last); with BIAS, the sums of dy_m."""
@@ -95,15 +104,14 @@ def outer_tile(
     for start in tl.range(first, last, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
         in_p = offs_p < last
-        b = (offs_p // (H_OUT * W_OUT)).to(tl.int64)
-        h = offs_p // W_OUT % H_OUT
-        w = offs_p % W_OUT
+        b, h, w = pixels(offs_p, H_OUT, W_OUT)
         v = pixel_tile(x_ptr + m * x_stride_m + b * x_stride_b, h * step_h - pad_h,
                        w * step_w - pad_w, in_p, tap, i, H, W, I,
                        x_stride_h, x_stride_w, x_stride_i, step_h, step_w,
-                       dilation_h, dilation_w, KW, TAPS, False)  # fmt: skip
-        p_d = dy_ptr + m * dy_stride_m + b * dy_stride_b + h * dy_stride_h + w * dy_stride_w
-        p_d = p_d[:, None] + (offs_o * dy_stride_o)[None, :]
+                       dilation_h, dilation_w, KW, TAPS, False, LONG)  # fmt: skip
+        p_d = dy_ptr + m * dy_stride_m + b * dy_stride_b
+        p_d = p_d + offset(h, dy_stride_h, LONG) + offset(w, dy_stride_w, LONG)
+        p_d = p_d[:, None] + offset(offs_o, dy_stride_o, LONG)[None, :]
         d = tl.load(p_d, mask=in_p[:, None] & in_o[None, :], other=0.0)
         g = tl.dot(v.T, d, g, input_precision=PRECISION)
         if BIAS:
@@ -118,7 +126,7 @@ def batch_ensemble_conv2d_bwd_weight_kernel(
     step_h, step_w, pad_h, pad_w, dilation_h, dilation_w,
     x_stride_m, x_stride_b, x_stride_i, x_stride_h, x_stride_w,
     dy_stride_m, dy_stride_b, dy_stride_o, dy_stride_h, dy_stride_w,
-    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, LONG: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # One program computes BLOCK_K columns (tap, i) and BLOCK_O channels of dweight over the members
@@ -138,7 +146,7 @@ def batch_ensemble_conv2d_bwd_weight_kernel(
     in_k = (tap < TAPS) & (i < I)
     in_o = offs_o < O
     in_w = in_k[:, None] & in_o[None, :]
-    offs_w = (offs_o * (TAPS * I))[None, :] + (tap * I + i)[:, None]
+    offs_w = offset(offs_o, TAPS * I, LONG)[None, :] + (tap * I + i)[:, None]
     low = x_ptr.dtype.element_ty
     m_first = split % splits_m * members_per_split
     dw = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
@@ -150,14 +158,16 @@ def batch_ensemble_conv2d_bwd_weight_kernel(
                                step_h, step_w, pad_h, pad_w, dilation_h, dilation_w,
                                x_stride_m, x_stride_b, x_stride_i, x_stride_h, x_stride_w,
                                dy_stride_m, dy_stride_b, dy_stride_o, dy_stride_h, dy_stride_w,
-                               False, KW, TAPS, PRECISION, BLOCK_K, BLOCK_O, BLOCK_P)  # fmt: skip
+                               False, LONG, KW, TAPS, PRECISION,
+                               BLOCK_K, BLOCK_O, BLOCK_P)  # fmt: skip
         elif member % tiles_k == tile_k:  # the programs of one tile of o take turns at db
             g, db = outer_tile(x_ptr, dy_ptr, m, first, last, tap, i, offs_o, in_o,
                                I, H, W, H_OUT, W_OUT,
                                step_h, step_w, pad_h, pad_w, dilation_h, dilation_w,
                                x_stride_m, x_stride_b, x_stride_i, x_stride_h, x_stride_w,
                                dy_stride_m, dy_stride_b, dy_stride_o, dy_stride_h, dy_stride_w,
-                               True, KW, TAPS, PRECISION, BLOCK_K, BLOCK_O, BLOCK_P)  # fmt: skip
+                               True, LONG, KW, TAPS, PRECISION,
+                               BLOCK_K, BLOCK_O, BLOCK_P)  # fmt: skip
             tl.store(db_part_ptr + (split_p * M + m) * O + offs_o, db, mask=in_o)
         else:
             g, db = outer_tile(x_ptr, dy_ptr, m, first, last, tap, i, offs_o, in_o,
@@ -165,7 +175,8 @@ def batch_ensemble_conv2d_bwd_weight_kernel(
                                step_h, step_w, pad_h, pad_w, dilation_h, dilation_w,
                                x_stride_m, x_stride_b, x_stride_i, x_stride_h, x_stride_w,
                                dy_stride_m, dy_stride_b, dy_stride_o, dy_stride_h, dy_stride_w,
-                               False, KW, TAPS, PRECISION, BLOCK_K, BLOCK_O, BLOCK_P)  # fmt: skip
+                               False, LONG, KW, TAPS, PRECISION,
+                               BLOCK_K, BLOCK_O, BLOCK_P)  # fmt: skip
         v = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
         if ds_part_ptr is not None or dr_part_ptr is not None:
             v = tl.load(weight_ptr + offs_w, mask=in_w, other=0.0).to(tl.float32)
@@ -184,7 +195,7 @@ def batch_ensemble_conv2d_bwd_weight_kernel(
         if dweight_ptr is not None:
             dw += g * s[None, :]
     if dweight_ptr is not None:
-        p_dw = dweight_ptr + split.to(tl.int64) * (O * TAPS * I) + offs_w
+        p_dw = dweight_ptr + split.to(tl.int64) * offset(O * TAPS, I, LONG) + offs_w
         tl.store(p_dw, dw.to(dweight_ptr.dtype.element_ty), mask=in_w)
 
 
@@ -233,13 +244,14 @@ def _input_gradient(dy, weight, r, s, dx, options, tf32, config) -> None:
     (M, B, O, *size), (I, H, W) = dy.shape, dx.shape[2:]
     kh, kw = weight.shape[1:3]
     shared, kind = dx.shape[0] == 1 and M > 1, tiles.kind_of(dy.dtype, tf32)
+    count, long = checked_pixels(OP, B, H, W), spans_long(weight, options[4:], dy, dx)
 
     def launch(c: Config) -> None:
         block_k, block_c = tiles.depth(c, kh * kw, O)
-        programs = (1 if shared else M) * cdiv(B * H * W, c.tiles["BLOCK_P"])
-        batch_ensemble_conv2d_bwd_x_kernel[grid(programs * cdiv(I, c.tiles["BLOCK_I"]))](
+        programs = (1 if shared else M) * cdiv(count, c.tiles["BLOCK_P"])
+        batch_ensemble_conv2d_bwd_x_kernel[grid(OP, programs * cdiv(I, c.tiles["BLOCK_I"]))](
             dy, weight, r, s, dx, M, B, I, O, H, W, *size, *options, *dy.stride(), *dx.stride(),
-            KH=kh, KW=kw, SHARED_X=shared, PRECISION=precision(kind),
+            KH=kh, KW=kw, SHARED_X=shared, PRECISION=precision(kind), LONG=long,
             **(c.options() | {"BLOCK_K": block_k, "BLOCK_C": block_c}),
         )  # fmt: skip
 
@@ -247,7 +259,7 @@ def _input_gradient(dy, weight, r, s, dx, options, tf32, config) -> None:
         where = (arch(dy), "x", kind)
         config = tiles.config(*where, I, O)
         if AUTOTUNE:
-            sizes = (M, B, I, O, H, W, *size, kh, kw, *options)
+            sizes = (M, B, I, O, H, W, *size, kh, kw, *options, shared)
             key = ("batch_ensemble_conv2d_bwd_x", dy.device, dy.dtype, *where, *sizes)
             config = fastest(key, config, tiles.candidates(*where), launch)
     launch(config)
@@ -255,36 +267,30 @@ def _input_gradient(dy, weight, r, s, dx, options, tf32, config) -> None:
 
 def _weight_gradient(
     dy, x, weight, r, s, dweight, dr, ds, dbias, options, tf32, config, fixed
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Launches the dweight kernel; returns (parts, sum) of what it leaves to be added up."""
+) -> Jobs:
+    """Launches the dweight kernel; returns the sums that it leaves to be added up."""
     (M, B, O, *size), (I, H, W) = dy.shape, x.shape[2:]
     kh, kw = weight.shape[1:3]
-    kind, sms, pixels = tiles.kind_of(x.dtype, tf32), tiles.processors(x), B * size[0] * size[1]
+    kind, sms = tiles.kind_of(x.dtype, tf32), tiles.processors(x)
+    count_p, long = checked_pixels(OP, B, *size), spans_long(weight, options[4:], x, dy)
 
-    def launch(c: Config) -> list:
+    def launch(c: Config) -> Jobs:
         block_k, block_c = tiles.depth(c, kh * kw, I)
         block_o, block_p = c.tiles["BLOCK_O"], c.tiles["BLOCK_P"]
         tiles_o = cdiv(O, block_o)
         tiles_k = cdiv(kh * kw, block_k // block_c) * cdiv(I, block_c)
         count = tiles_o * tiles_k
-        split = fixed or tiles.weight_split(block_k, block_o, block_p, count, sms, M, pixels)
-        splits_p = cdiv(pixels, split.examples)
+        split = fixed or tiles.weight_split(block_k, block_o, block_p, count, sms, M, count_p)
+        splits_p = cdiv(count_p, split.examples)
         jobs, out = [], dweight
-
-        def parts(number: int, result: torch.Tensor | None, *shape: int) -> torch.Tensor | None:
-            if result is None:
-                return None
-            part = x.new_empty(number, *shape, dtype=torch.float32)
-            jobs.append((part.view(-1, *result.shape), result))
-            return part
-
         if split.count > 1:
-            out = parts(split.count, dweight, *weight.shape)
-        batch_ensemble_conv2d_bwd_weight_kernel[grid(split.count * count)](
-            dy, x, weight, r, s, out, parts(splits_p * tiles_k, ds, M, O),
-            parts(splits_p * tiles_o * kh * kw, dr, M, I), parts(splits_p, dbias, M, O),
+            out = parts(jobs, dweight, split.count, *weight.shape)
+        batch_ensemble_conv2d_bwd_weight_kernel[grid(OP, split.count * count)](
+            dy, x, weight, r, s, out, parts(jobs, ds, splits_p * tiles_k, M, O),
+            parts(jobs, dr, splits_p * tiles_o * kh * kw, M, I),
+            parts(jobs, dbias, splits_p, M, O),
             M, B, I, O, H, W, *size, split.members, split.examples, *options,
-            *member_strides(x), *dy.stride(), KH=kh, KW=kw, PRECISION=precision(kind),
+            *member_strides(x), *dy.stride(), KH=kh, KW=kw, PRECISION=precision(kind), LONG=long,
             **(c.options() | {"BLOCK_K": block_k, "BLOCK_C": block_c}),
         )  # fmt: skip
         return jobs

@@ -10,7 +10,6 @@ from . import batch_ensemble_linear_tiles as linear
 from ._launch import Config, cdiv
 
 STAGES = ("fwd", "x", "weight")
-KINDS = ("half", "tf32", "ieee")  # 16-bit inputs; float32 multiplied as tf32; float32 exactly
 WIDTHS = (16, 32, 64, 128)  # channels that one tile holds
 THIN = 8  # fewer channels than this, as of a picture
 
@@ -19,16 +18,12 @@ processors = linear.processors
 Split = linear.Split
 
 
-def _rows(p, c, k, warps, stages, columns="BLOCK_O"):
+def _fwd(p, c, k, warps, stages, columns="BLOCK_O"):
     return Config({"BLOCK_P": p, columns: c, "BLOCK_K": k}, warps, stages)
 
 
-def _fwd(*sizes):
-    return _rows(*sizes)
-
-
 def _x(*sizes):
-    return _rows(*sizes, columns="BLOCK_I")
+    return _fwd(*sizes, columns="BLOCK_I")
 
 
 def _weight(k, o, p, warps, stages):

@@ -9,8 +9,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import batch_ensemble_linear_tiles as tiles
-from ._launch import AUTOTUNE, MAX_GRID_X, Config, arch, fastest, on_device
+from ._launch import AUTOTUNE, Config, arch, fastest, grid, on_device
 
+OP = "batch_ensemble_linear"
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -154,12 +155,12 @@ def batch_ensemble_linear_fwd(
     r, s, bias = (None if t is None else t.contiguous() for t in (r, s, bias))
     long = spans_long(x, weight, r, s) if long is None else long
     kind = tiles.kind_of(x.dtype, tf32)
-    strides = (x.stride(0) if x.ndim == 3 else 0, *x.stride()[-2:], *weight.stride())
+    strides = (*row_strides(x), *weight.stride())
     strides += (O if bias is not None and bias.ndim == 2 else 0, *y.stride()[:2])
 
     def launch(c: Config) -> None:
         block_b, block_o, block_i = (c.tiles[k] for k in ("BLOCK_B", "BLOCK_O", "BLOCK_I"))
-        batch_ensemble_linear_fwd_kernel[grid(tiles.forward_programs(c, M, B, O))](
+        batch_ensemble_linear_fwd_kernel[grid(OP, tiles.forward_programs(c, M, B, O))](
             descriptor(x, block_b, block_i) if c.tma else x,
             descriptor(weight, block_o, block_i) if c.tma else weight,
             r, s, bias, y, M, B, I, O, *strides,
@@ -184,12 +185,9 @@ def precision(kind: str) -> str:
     return "tf32" if kind == "tf32" else "ieee"
 
 
-def grid(programs: int) -> tuple[int]:
-    """A one-dimensional grid, checked against what the hardware takes."""
-    if programs > MAX_GRID_X:
-        rule = f"small enough for {MAX_GRID_X} programs"
-        raise ValueError(f"batch_ensemble_linear: the problem must be {rule}; got {programs}")
-    return (programs,)
+def row_strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of [M, B, I]; for [B, I], which all members share, the first is zero."""
+    return (x.stride(0) if x.ndim == 3 else 0, x.stride(-2), x.stride(-1))
 
 
 def spans_long(*tensors: torch.Tensor | None) -> bool:

@@ -10,16 +10,17 @@ import triton
 import triton.language as tl
 
 from . import batch_ensemble_linear_tiles as tiles
-from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, on_device
-from ._reduce import sum_parts
+from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, grid, on_device
+from ._reduce import Jobs, parts, sum_parts
 from .batch_ensemble_linear import (
     DTYPES,
+    OP,
     describable,
     descriptor,
-    grid,
     load_tile,
     offset,
     precision,
+    row_strides,
     spans_long,
     swizzled,
 )
@@ -226,15 +227,12 @@ def batch_ensemble_linear_bwd(
         sum_parts(jobs)
 
 
-Jobs = list[tuple[torch.Tensor, torch.Tensor]]  # (parts, their sum), for `sum_parts`
-
-
 def _input_gradient(dy, x, weight, r, s, dx, dr, tf32, long, config) -> Jobs:
     """Launches the dx kernel; the sums that complete dx (of a split shared x) and dr."""
     (M, B, O), I = dy.shape, x.shape[-1]
     shared, kind = x.ndim == 2, tiles.kind_of(x.dtype, tf32)
     stage, sms = "x shared" if shared else "x", tiles.processors(x)
-    strides = (*dy.stride(), *weight.stride(), *_strides(x))
+    strides = (*dy.stride(), *weight.stride(), *row_strides(x))
 
     def launch(c: Config) -> Jobs:
         block_b, block_i, block_o = (c.tiles[k] for k in ("BLOCK_B", "BLOCK_I", "BLOCK_O"))
@@ -243,17 +241,13 @@ def _input_gradient(dy, x, weight, r, s, dx, dr, tf32, long, config) -> Jobs:
         splits = cdiv(M, members)
         jobs, out = [], dx
         if shared and splits > 1:
-            out = x.new_empty(splits, B, I, dtype=torch.float32)
-            jobs.append((out, dx))
-        part = None
-        if dr is not None:
-            part = x.new_empty(tiles_b, M, I, dtype=torch.float32)
-            jobs.append((part, dr))
-        batch_ensemble_linear_bwd_x_kernel[grid(splits * tiles_b * tiles_i)](
+            out = parts(jobs, dx, splits, B, I)
+        batch_ensemble_linear_bwd_x_kernel[grid(OP, splits * tiles_b * tiles_i)](
             descriptor(dy, block_b, block_o) if c.tma else dy,
             descriptor(weight, block_o, block_i) if c.tma else weight,
             descriptor(x, block_b, block_i) if c.tma else x,
-            r, s, out, part, M, B, I, O, members, *strides, *_strides(out)[:2],
+            r, s, out, parts(jobs, dr, tiles_b, M, I), M, B, I, O, members,
+            *strides, *row_strides(out)[:2],
             SHARED_X=shared, EVEN_O=O % block_o == 0, PRECISION=precision(kind), TMA=c.tma,
             LONG=long, DTYPE=DTYPES[x.dtype], **c.options(),
         )  # fmt: skip
@@ -276,7 +270,7 @@ def _weight_gradient(
     """Launches the dweight kernel; the sums that complete dweight, dr, ds and dbias."""
     (M, B, O), I = dy.shape, x.shape[-1]
     kind, sms = tiles.kind_of(x.dtype, tf32), tiles.processors(x)
-    strides = (*dy.stride(), *_strides(x), *weight.stride())
+    strides = (*dy.stride(), *row_strides(x), *weight.stride())
     fixed = split
 
     def launch(c: Config) -> Jobs:
@@ -285,22 +279,15 @@ def _weight_gradient(
         split = fixed or tiles.weight_split(block_o, block_i, block_b, sms, M, B, I, O)
         splits_b = cdiv(B, split.examples)
         jobs, out = [], dweight
-
-        def parts(count: int, result: torch.Tensor | None, *shape: int) -> torch.Tensor | None:
-            if result is None:
-                return None
-            part = x.new_empty(count, *shape, dtype=torch.float32)
-            jobs.append((part.view(-1, *result.shape), result))
-            return part
-
         if split.count > 1:
-            out = parts(split.count, dweight, O, I)
-        batch_ensemble_linear_bwd_weight_kernel[grid(split.count * tiles_o * tiles_i)](
+            out = parts(jobs, dweight, split.count, O, I)
+        batch_ensemble_linear_bwd_weight_kernel[grid(OP, split.count * tiles_o * tiles_i)](
             descriptor(dy, block_b, block_o) if c.tma else dy,
             descriptor(x, block_b, block_i) if c.tma else x,
             descriptor(weight, block_o, block_i) if c.tma else weight,
-            r, s, out, parts(splits_b * tiles_i, ds, M, O), parts(splits_b * tiles_o, dr, M, I),
-            parts(splits_b, dbias, M, O), M, B, I, O, split.members, split.examples, *strides,
+            r, s, out, parts(jobs, ds, splits_b * tiles_i, M, O),
+            parts(jobs, dr, splits_b * tiles_o, M, I), parts(jobs, dbias, splits_b, M, O),
+            M, B, I, O, split.members, split.examples, *strides,
             SHARED_X=x.ndim == 2, PRECISION=precision(kind), TMA=c.tma, LONG=long,
             DTYPE=DTYPES[x.dtype], **c.options(),
         )  # fmt: skip
@@ -315,8 +302,3 @@ def _weight_gradient(
             key = ("batch_ensemble_linear_bwd_weight", x.device, x.dtype, *key)
             config = fastest(key, config, others, lambda c: sum_parts(launch(c)))
     return launch(config)
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of [M, B, I]; for [B, I], which all members share, the first is zero."""
-    return (x.stride(0) if x.ndim == 3 else 0, x.stride(-2), x.stride(-1))

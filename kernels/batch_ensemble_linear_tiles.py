@@ -4,7 +4,7 @@ Every configuration compiles without spills for its architecture (tests/test_aot
 timed: tile sizes follow register and shared-memory budgets; `RATES` and `PART_COST` are estimates.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
@@ -120,15 +120,27 @@ def processors(tensor: torch.Tensor) -> int:
 
 @lru_cache
 def buckets(arch: int, stage: str, kind: str, tma: bool) -> tuple[tuple[float, Config], ...]:
-    """(rate, configuration) of the shipped buckets of a stage.
+    """(rate, configuration) of the shipped buckets of a stage."""
+    return usable(SHIPPED, RATES, arch, stage, kind, tma)
+
+
+def usable(
+    shipped: Mapping[tuple[int, str], Config],
+    rates: Mapping[str, float],
+    arch: int,
+    stage: str,
+    kind: str,
+    tma: bool,
+) -> tuple[tuple[float, Config], ...]:
+    """(rate, configuration) of those of the `shipped` that fit a stage.
 
     Where descriptors can be used (`tma`) they replace pointers, except for tiles of folded rows,
     which only pointers can address.
     """
     found = []
-    for size, rate in RATES.items():
+    for size, rate in rates.items():
         for suffix in ("", " tma"):
-            config = SHIPPED.get((arch, f"{stage} {kind} {size}{suffix}"))
+            config = shipped.get((arch, f"{stage} {kind} {size}{suffix}"))
             if config is not None and (tma or not config.tma):
                 found.append((rate, config))
     if any(config.tma for _, config in found):
@@ -136,9 +148,7 @@ def buckets(arch: int, stage: str, kind: str, tma: bool) -> tuple[tuple[float, C
     return tuple(found)
 
 
-def _quickest(
-    candidates: Iterable[tuple[float, Config]], work: Callable[[Config], float]
-) -> Config:
+def quickest(candidates: Iterable[tuple[float, Config]], work: Callable[[Config], float]) -> Config:
     """The configuration with the least work, over its rate, for the busiest multiprocessor."""
     return min(candidates, key=lambda candidate: work(candidate[1]) / candidate[0])[1]
 
@@ -158,7 +168,7 @@ def forward_config(kind: str, tma: bool, arch: int, sms: int, M: int, B: int, O:
         area = c.tiles["BLOCK_B"] * c.tiles["BLOCK_O"]
         return ceil(forward_programs(c, M, B, O) / sms) * area
 
-    return _quickest(buckets(arch, "fwd", kind, tma), work)
+    return quickest(buckets(arch, "fwd", kind, tma), work)
 
 
 @lru_cache(4096)
@@ -173,7 +183,7 @@ def input_config(
             return _shared_split(block_b, block_i, sms, M, B, I, O)[0]
         return ceil(M * ceil(B / block_b) * ceil(I / block_i) / sms) * O * block_b * block_i
 
-    return _quickest(buckets(arch, stage, kind, tma), work)
+    return quickest(buckets(arch, stage, kind, tma), work)
 
 
 def shared_members(block_b: int, block_i: int, sms: int, M: int, B: int, I: int, O: int) -> int:
@@ -196,7 +206,7 @@ def weight_config(
         blocks = (c.tiles[k] for k in ("BLOCK_O", "BLOCK_I", "BLOCK_B"))
         return _weight_split(*blocks, sms, M, B, I, O)[0]
 
-    return _quickest(buckets(arch, stage, kind, tma), work)
+    return quickest(buckets(arch, stage, kind, tma), work)
 
 
 def weight_split(

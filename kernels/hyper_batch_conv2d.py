@@ -8,21 +8,31 @@ import triton
 import triton.language as tl
 
 from . import hyper_batch_conv2d_tiles as tiles
-from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, on_device
-from .batch_ensemble_conv2d import grid, member_strides, pixel_tile, taps_and_channels
+from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, grid, on_device
+from .batch_ensemble_conv2d import (
+    checked_pixels,
+    member_strides,
+    pixel_tile,
+    pixels,
+    spans_long,
+    taps_and_channels,
+)
 from .batch_ensemble_conv2d_backward import batch_ensemble_conv2d_bwd
-from .batch_ensemble_linear import precision
+from .batch_ensemble_linear import offset, precision
 from .hyper_batch_linear_backward import both_halves
 
+OP = "hyper_batch_conv2d"
 
-@triton.jit(do_not_specialize=["M", "B"])
+
+@triton.jit(do_not_specialize=["B"])
 def hyper_batch_conv2d_fwd_kernel(
     x_ptr, weight_ptr, delta_ptr, e_ptr, r_ptr, s_ptr, u_ptr, v_ptr, shift_ptr, y_ptr, z_ptr,
-    M, B, I, O, H, W, H_OUT, W_OUT,
+    B, I, O, H, W, H_OUT, W_OUT,
     step_h, step_w, pad_h, pad_w, dilation_h, dilation_w,
     x_stride_m, x_stride_b, x_stride_i, x_stride_h, x_stride_w,
     shift_stride_m, shift_stride_b, y_stride_m, y_stride_b, y_stride_o, y_stride_h, y_stride_w,
     KH: tl.constexpr, KW: tl.constexpr, TIED: tl.constexpr, PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # One program computes BLOCK_P pixels of one member and BLOCK_O channels of y, and of z, the
@@ -37,9 +47,7 @@ def hyper_batch_conv2d_fwd_kernel(
     offs_o = tl.program_id(0) % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
     in_p = offs_p < B * H_OUT * W_OUT
     in_o = offs_o < O
-    b = (offs_p // (H_OUT * W_OUT)).to(tl.int64)
-    h = offs_p // W_OUT % H_OUT
-    w = offs_p % W_OUT
+    b, h, w = pixels(offs_p, H_OUT, W_OUT)
     image = x_ptr + m * x_stride_m + b * x_stride_b
 
     acc = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
@@ -49,7 +57,7 @@ def hyper_batch_conv2d_fwd_kernel(
         tap, i = taps_and_channels(step, I, BLOCK_K, BLOCK_C)
         a = pixel_tile(image, h * step_h - pad_h, w * step_w - pad_w, in_p, tap, i, H, W, I,
                        x_stride_h, x_stride_w, x_stride_i, step_h, step_w,
-                       dilation_h, dilation_w, KW, TAPS, False)  # fmt: skip
+                       dilation_h, dilation_w, KW, TAPS, False, LONG)  # fmt: skip
         in_k = (tap < TAPS) & (i < I)
         a1 = a
         if r_ptr is not None:  # x * r is rounded to the input dtype, as in plain PyTorch
@@ -58,7 +66,7 @@ def hyper_batch_conv2d_fwd_kernel(
             a2 = a1
         else:
             a2 = a * tl.load(u_ptr + m * I + i, mask=in_k, other=0.0).to(a.dtype)[None, :]
-        offs_w = (offs_o * (TAPS * I))[None, :] + (tap * I + i)[:, None]
+        offs_w = offset(offs_o, TAPS * I, LONG)[None, :] + (tap * I + i)[:, None]
         in_w = in_k[:, None] & in_o[None, :]
         weight = tl.load(weight_ptr + offs_w, mask=in_w, other=0.0)
         acc = tl.dot(a1, weight, acc, input_precision=PRECISION)
@@ -67,8 +75,9 @@ def hyper_batch_conv2d_fwd_kernel(
 
     low = x_ptr.dtype.element_ty  # parameters may be float32: they count as rounded to it
     in_y = in_p[:, None] & in_o[None, :]
-    offs_y = m * y_stride_m + b * y_stride_b + h * y_stride_h + w * y_stride_w
-    offs_y = offs_y[:, None] + (offs_o * y_stride_o)[None, :]
+    offs_y = m * y_stride_m + b * y_stride_b
+    offs_y = offs_y + offset(h, y_stride_h, LONG) + offset(w, y_stride_w, LONG)
+    offs_y = offs_y[:, None] + offset(offs_o, y_stride_o, LONG)[None, :]
     if v_ptr is not None:
         v = tl.load(v_ptr + m * O + offs_o, mask=in_o, other=0.0)
         z *= v.to(low).to(tl.float32)[None, :]
@@ -116,17 +125,18 @@ def hyper_batch_conv2d_fwd(
     e, r, s, u, v, shift = (None if t is None else t.contiguous() for t in (e, r, s, u, v, shift))
     kh, kw = weight.shape[1:3]
     kind = tiles.kind_of(x.dtype, tf32)
+    count, long = checked_pixels(OP, B, *size), spans_long(weight, dilation, x, y)
     shifts = (0, 0)
     if shift is not None:
         shifts = tuple(0 if shift.shape[d] == 1 else shift.stride(d) for d in (0, 1))
 
     def launch(c: Config) -> None:
         block_k, block_c = tiles.depth(c, kh * kw, I)
-        programs = M * cdiv(B * size[0] * size[1], c.tiles["BLOCK_P"])
-        hyper_batch_conv2d_fwd_kernel[grid(programs * cdiv(O, c.tiles["BLOCK_O"]))](
-            x, weight, delta, e, r, s, u, v, shift, y, z, M, B, I, O, H, W, *size,
+        programs = M * cdiv(count, c.tiles["BLOCK_P"]) * cdiv(O, c.tiles["BLOCK_O"])
+        hyper_batch_conv2d_fwd_kernel[grid(OP, programs)](
+            x, weight, delta, e, r, s, u, v, shift, y, z, B, I, O, H, W, *size,
             *step, *pad, *dilation, *member_strides(x), *shifts, *y.stride(),
-            KH=kh, KW=kw, TIED=tied, PRECISION=precision(kind),
+            KH=kh, KW=kw, TIED=tied, PRECISION=precision(kind), LONG=long,
             **(c.options() | {"BLOCK_K": block_k, "BLOCK_C": block_c}),
         )  # fmt: skip
 
@@ -182,5 +192,4 @@ def hyper_batch_conv2d_bwd(
         (dr, ds, du, dv), exact,
     )  # fmt: skip
     if dx is not None:
-        torch.add(*parts, out=parts[0])
-        dx.copy_(parts[0])
+        torch.add(*parts, out=dx)

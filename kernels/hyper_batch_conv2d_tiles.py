@@ -10,12 +10,7 @@ from functools import lru_cache
 from . import batch_ensemble_conv2d_tiles as conv
 from ._launch import Config
 
-kind_of, depth = conv.kind_of, conv.depth
-
-
-def _fwd(p, o, k, warps, stages):
-    return Config({"BLOCK_P": p, "BLOCK_O": o, "BLOCK_K": k}, warps, stages)
-
+kind_of, depth, _fwd = conv.kind_of, conv.depth, conv._fwd
 
 _TABLE = {
     "half thin": _fwd(64, 32, 32, 8, 2),

@@ -8,19 +8,21 @@ import triton
 import triton.language as tl
 
 from . import hyper_batch_linear_tiles as tiles
-from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, on_device
-from ._reduce import sum_parts
+from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, grid, on_device
+from ._reduce import parts, sum_parts
 from .batch_ensemble_linear import (
     DTYPES,
     describable,
     descriptor,
-    grid,
     load_tile,
     offset,
     precision,
+    row_strides,
     spans_long,
     swizzled,
 )
+
+OP = "hyper_batch_linear"
 
 
 @triton.jit(do_not_specialize=["M", "B", "steps_per_split"])
@@ -161,10 +163,9 @@ def hyper_batch_linear_fwd(
     r, s, u, v, bias, delta_bias = (
         None if t is None else t.contiguous() for t in (r, s, u, v, bias, delta_bias)
     )
-    long = spans_long(x, weight, delta, r, s) if long is None else long
+    long = spans_long(x, weight, delta, r, s, u, v) if long is None else long
     kind = tiles.kind_of(x.dtype, tf32)
-    strides = (x.stride(0) if x.ndim == 3 else 0, *x.stride()[-2:])
-    strides += (*weight.stride(), *delta.stride(), *e.stride())
+    strides = (*row_strides(x), *weight.stride(), *delta.stride(), *e.stride())
     strides += e.stride() if e_bias is None else e_bias.stride()
     strides += tuple(O if b is not None and b.ndim == 2 else 0 for b in (bias, delta_bias))
 
@@ -173,12 +174,9 @@ def hyper_batch_linear_fwd(
         inputs = per_split or tiles.inputs_per_split(c, tiles.processors(x), M, B, I, O)
         splits, outputs, jobs = cdiv(I, inputs), [y, z], []
         if splits > 1:  # parts lie as y and z do: contiguous, members or examples first
-            outputs = [t if t is None else t.new_empty(splits, M * B * O, dtype=torch.float32)
-                       for t in outputs]  # fmt: skip
-            flat = [t if t is None else t.as_strided((M * B * O,), (1,)) for t in (y, z)]
-            pairs = zip(outputs, flat, strict=True)
-            jobs = [(part, out) for part, out in pairs if part is not None]
-        hyper_batch_linear_fwd_kernel[grid(splits * tiles.forward_programs(c, M, B, O))](
+            flat = [t if t is None else t.as_strided((M * B * O,), (1,)) for t in outputs]
+            outputs = [parts(jobs, t, splits, M * B * O) for t in flat]
+        hyper_batch_linear_fwd_kernel[grid(OP, splits * tiles.forward_programs(c, M, B, O))](
             descriptor(x, block_b, block_i) if c.tma else x,
             descriptor(weight, block_o, block_i) if c.tma else weight,
             descriptor(delta, block_o, block_i) if c.tma else delta,

@@ -9,20 +9,21 @@ import triton
 import triton.language as tl
 
 from . import hyper_batch_linear_tiles as tiles
-from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, on_device
-from ._reduce import sum_parts
+from ._launch import AUTOTUNE, Config, arch, cdiv, fastest, grid, on_device
+from ._reduce import parts, sum_parts
 from .batch_ensemble_linear import (
     DTYPES,
     describable,
     descriptor,
-    grid,
     load_tile,
     offset,
     precision,
+    row_strides,
     spans_long,
     swizzled,
 )
 from .batch_ensemble_linear_backward import batch_ensemble_linear_bwd
+from .hyper_batch_linear import OP
 
 
 @triton.jit(do_not_specialize=["M", "B"])
@@ -122,28 +123,22 @@ def hyper_batch_linear_bwd_x(
     tied, shared = u is None, x.ndim == 2
     v = s if v is None else v
     r, s, u, v = (None if t is None else t.contiguous() for t in (r, s, u, v))
-    long = spans_long(dy, x, weight, delta, e, r, s) if long is None else long
+    long = spans_long(dy, x, weight, delta, e, r, s, u, v) if long is None else long
     kind, sms = tiles.kind_of(x.dtype, tf32), tiles.processors(x)
-    strides = (*dy.stride(), *weight.stride(), *delta.stride())
-    strides += (x.stride(0) if x.ndim == 3 else 0, *x.stride()[-2:], *e.stride())
+    strides = (*dy.stride(), *weight.stride(), *delta.stride(), *row_strides(x), *e.stride())
 
     def launch(c: Config) -> None:
         block_b, block_i, block_o = (c.tiles[k] for k in ("BLOCK_B", "BLOCK_I", "BLOCK_O"))
         tiles_b, tiles_i = cdiv(B, block_b), cdiv(I, block_i)
-        out = x.new_empty(M, B, I, dtype=torch.float32) if shared else dx
-        jobs = [(out, dx)] if shared else []
-        parts = []
-        for gradient in (dr, du):
-            parts.append(None)
-            if gradient is not None:
-                parts[-1] = x.new_empty(tiles_b, M, I, dtype=torch.float32)
-                jobs.append((parts[-1], gradient))
-        hyper_batch_linear_bwd_x_kernel[grid(M * tiles_b * tiles_i)](
+        jobs = []
+        out = parts(jobs, dx, M, B, I) if shared else dx
+        factors = [parts(jobs, t, tiles_b, M, I) for t in (dr, du)]
+        hyper_batch_linear_bwd_x_kernel[grid(OP, M * tiles_b * tiles_i)](
             descriptor(dy, block_b, block_o) if c.tma else dy,
             descriptor(weight, block_o, block_i) if c.tma else weight,
             descriptor(delta, block_o, block_i) if c.tma else delta,
             descriptor(x, block_b, block_i) if c.tma else x,
-            e, r, s, u, v, out, *parts, M, B, I, O, *strides, *out.stride()[:2],
+            e, r, s, u, v, out, *factors, M, B, I, O, *strides, *out.stride()[:2],
             SHARED_X=shared, TIED=tied, EVEN_O=O % block_o == 0, PRECISION=precision(kind),
             TMA=c.tma, LONG=long, DTYPE=DTYPES[x.dtype], **c.options(),
         )  # fmt: skip
@@ -155,7 +150,8 @@ def hyper_batch_linear_bwd_x(
             where = ("x tied" if tied else "x", kind, tma, arch(x))
             config = tiles.input_config(*where, sms, M, B, I)
             if AUTOTUNE:
-                key = ("hyper_batch_linear_bwd_x", x.device, x.dtype, *where, sms, M, B, I, O)
+                sizes = (sms, M, B, I, O, shared)
+                key = ("hyper_batch_linear_bwd_x", x.device, x.dtype, *where, *sizes)
                 others = [c for _, c in tiles.buckets(arch(x), where[0], kind, tma)]
                 config = fastest(key, config, others, launch)
         launch(config)
@@ -225,9 +221,9 @@ def both_halves(half, dy, e, weights, factors, dxs, dweights, gradients, exact: 
             for t, part in zip(second, rest, strict=True):
                 if t is not None:
                     t += part
-    for total, parts in ((dr, (first_r, second_r)), (ds, (first_s, second_s))):
-        if total is not None and parts[0] is not total:
-            torch.add(*parts, out=total)
+    for total, both in ((dr, (first_r, second_r)), (ds, (first_s, second_s))):
+        if total is not None and both[0] is not total:
+            torch.add(*both, out=total)
 
 
 def _parts(total, own, tied: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:

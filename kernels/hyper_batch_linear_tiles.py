@@ -5,17 +5,14 @@ timed: the forward has two accumulators and the operands of its epilogue, which 
 The weight gradients are those of batch_ensemble_linear, with its tiles.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from math import ceil
 
+from . import batch_ensemble_linear_tiles as linear
 from ._launch import Config
-from .batch_ensemble_linear_tiles import forward_programs, kind_of, processors
 
-__all__ = ["SHIPPED", "buckets", "forward_config", "forward_programs", "input_config"]
-__all__ += ["kind_of", "processors"]
-
-STAGES = ("fwd", "x", "x tied")  # y; dx with an accumulator for each of r and u; with one for both
+kind_of, processors, forward_programs = linear.kind_of, linear.processors, linear.forward_programs
+_fwd, _x = linear._fwd, linear._x
 
 # Estimated share of the best rate that a tile of this size reaches on a full GPU.
 RATES = {"medium": 1.0, "small": 0.85, "tiny": 0.6, "wide": 0.7, "folded": 0.4, "skinny": 0.12}
@@ -26,15 +23,7 @@ PART_COST = 200  # of writing and reading a float32 part
 STEPS = 8  # steps of the main loop that a split has at least
 
 
-def _fwd(b, o, i, warps, stages, tma=False, folded=False):
-    blocks = {"BLOCK_B": b, "BLOCK_O": o, "BLOCK_I": i, "GROUP": 8, "FOLDED": folded}
-    return Config(blocks, warps, stages, tma)
-
-
-def _x(b, i, o, warps, stages, tma=False):
-    return Config({"BLOCK_B": b, "BLOCK_I": i, "BLOCK_O": o, "GROUP": 8}, warps, stages, tma)
-
-
+# Stages: "fwd"; "x", dx with an accumulator for each of r and u; "x tied", with one for both.
 _POINTERS = {  # any strides; "wide" and "skinny" stream the weights past all rows at once
     "fwd half medium": _fwd(128, 64, 64, 8, 3),
     "fwd half small": _fwd(64, 128, 32, 8, 3),
@@ -78,20 +67,8 @@ SHIPPED: dict[tuple[int, str], Config] = {
 
 @lru_cache
 def buckets(arch: int, stage: str, kind: str, tma: bool) -> tuple[tuple[float, Config], ...]:
-    """(rate, configuration) of the shipped buckets of a stage.
-
-    Where descriptors can be used (`tma`) they replace pointers, except for tiles of folded rows,
-    which only pointers can address.
-    """
-    found = []
-    for size, rate in RATES.items():
-        for suffix in ("", " tma"):
-            config = SHIPPED.get((arch, f"{stage} {kind} {size}{suffix}"))
-            if config is not None and (tma or not config.tma):
-                found.append((rate, config))
-    if any(config.tma for _, config in found):
-        found = [f for f in found if f[1].tma or f[1].tiles.get("FOLDED")]
-    return tuple(found)
+    """(rate, configuration) of the shipped buckets of a stage."""
+    return linear.usable(SHIPPED, RATES, arch, stage, kind, tma)
 
 
 @lru_cache(4096)
@@ -129,9 +106,4 @@ def input_config(
         block_b, block_i = c.tiles["BLOCK_B"], c.tiles["BLOCK_I"]
         return ceil(M * ceil(B / block_b) * ceil(I / block_i) / sms) * block_b * block_i
 
-    return _quickest(buckets(arch, stage, kind, tma), work)
-
-
-def _quickest(candidates, work: Callable[[Config], float]) -> Config:
-    """The configuration with the least work, over its rate, for the busiest multiprocessor."""
-    return min(candidates, key=lambda candidate: work(candidate[1]) / candidate[0])[1]
+    return linear.quickest(buckets(arch, stage, kind, tma), work)

@@ -37,20 +37,23 @@ def cases(arch: int, cores: dict[int, str]) -> Iterator[tuple]:
         config, must = tiles.SHIPPED[arch, f"{stage} half 32"], (cores[arch],)
         yield f"conv {stage} stride 2", _call(stage, config, half, 32, 32, 3, step=2), must, ()
         yield f"conv {stage} bare", _call(stage, config, half, 32, 32, 3, factors=False), must, ()
+        yield f"conv {stage} long", _call(stage, config, half, 32, 32, 3, long=True), must, ()
     config = tiles.SHIPPED[arch, "x half 16"]
     yield "conv x shared", _call("x", config, half, 16, 16, 3, shared=True), (cores[arch],), ()
 
 
 def _call(
-    stage, config, dtype, summed, columns, kernel, tf32=False, step=1, factors=True, shared=False
-):
+    stage, config, dtype, summed, columns, kernel, tf32=False, step=1, factors=True, shared=False,
+    long=False,
+):  # fmt: skip
     """A launch of a stage with that many channels summed over and in the columns of its tile."""
     I, O = (columns, summed) if stage == "x" else (summed, columns)
     H, out, pad = 32, 32 // step, kernel // 2
 
     def images(members, channels, size):
-        rows = torch.empty(members, IMAGES, size, size, channels, dtype=dtype, device="meta")
-        return rows.permute(0, 1, 4, 2, 3)
+        width = 2**24 if long else size  # of what lies between rows
+        rows = torch.empty(members, IMAGES, size, width, channels, dtype=dtype, device="meta")
+        return rows[:, :, :, :size].permute(0, 1, 4, 2, 3)
 
     new = partial(torch.empty, dtype=dtype, device="meta")
     x, y = images(1 if shared else MEMBERS, I, H), images(MEMBERS, O, out)

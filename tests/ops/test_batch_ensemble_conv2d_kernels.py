@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from landscape_fast.kernels import batch_ensemble_conv2d as forward
 from landscape_fast.kernels import batch_ensemble_conv2d_backward as backward
 from landscape_fast.kernels import batch_ensemble_conv2d_tiles as tiles
-from landscape_fast.kernels._launch import Config
+from landscape_fast.kernels._launch import INTERPRETED, Config
 from landscape_fast.ops._batch_ensemble_conv2d_fused import backward_op, forward_op
 from landscape_fast.ops.batch_ensemble_conv2d import (
     batch_ensemble_conv2d,
@@ -136,6 +136,28 @@ def test_any_split_gives_the_same_sums(split, device):
         assert_held(a, b)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has no sparse files")
+@pytest.mark.parametrize("stride", [(2**29 + 8, 2, 1), (4, 2**30 + 4, 1)], ids=["channels", "rows"])
+def test_offsets_beyond_32_bits(stride, tmp_path):
+    """Images whose channels or rows lie 2**31 elements apart, read and written."""
+    size = (1, 1, 5, 2, 2) if stride[0] > 4 else (1, 1, 1, 3, 2)
+    C, far = size[2], []
+    for name in ("x", "dy", "y", "dx"):  # pages of the files come on demand
+        big = torch.from_file(str(tmp_path / name), shared=True, size=2**31 + 200)
+        far.append(big.as_strided(size, (0, 0, *stride)).copy_(torch.randn(size)))
+    near = [t.contiguous() for t in far]
+    weight, r, s = torch.randn(C, 3, 3, C), torch.randn(1, C), torch.randn(1, C)
+    options = ((1, 1), (1, 1), (1, 1))
+    found = []
+    for x, dy, y, dx in (far, near):
+        forward.batch_ensemble_conv2d_fwd(x, weight, r, s, None, y, *options, False, False)
+        outputs = [t.new_empty(t.shape) for t in (weight, r, s)]
+        wanted = (dx, *outputs, None)
+        backward.batch_ensemble_conv2d_bwd(dy, x, weight, r, s, *wanted, *options, False)
+        found.append([y, dx, *outputs])
+    assert all(map(torch.equal, *found))
+
+
 def test_launches_only_what_is_wanted(monkeypatch, device):
     launched = []
     for name in ("_input_gradient", "_weight_gradient"):
@@ -208,7 +230,8 @@ def test_depth_of_a_step():
     assert tiles.depth(found, 1, 1) == (16, 1)
 
 
-def test_too_many_programs():
-    assert forward.grid(2**31 - 1) == (2**31 - 1,)
-    with pytest.raises(ValueError, match="batch_ensemble_conv2d: the problem must be small enough"):
-        forward.grid(2**31)
+def test_too_many_pixels():
+    call = forward.checked_pixels
+    assert call("op", 2, 2**29, 1) == 2**30
+    with pytest.raises(ValueError, match="op: images must have at most 2147418112 pixels per mem"):
+        call("op", 2, 2**15, 2**15)

@@ -305,14 +305,6 @@ def test_descriptors_need_aligned_rows():
     assert forward.descriptor(t[0], 16, 16).shape == [1, 6, 32]
 
 
-def test_too_many_programs():
-    assert forward.grid(2**31 - 1) == (2**31 - 1,)
-    with pytest.raises(
-        ValueError, match="the problem must be small enough for 2147483647 programs"
-    ):
-        forward.grid(2**31)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_sums_of_parts(dtype, device):
     """Five sums of different lengths in one launch, and none at all."""

@@ -7,10 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from landscape_fast.kernels import _launch
+from landscape_fast.kernels import hyper_batch_conv2d as conv
 from landscape_fast.kernels import hyper_batch_linear as forward
 from landscape_fast.kernels import hyper_batch_linear_backward as backward
 from landscape_fast.kernels import hyper_batch_linear_tiles as tiles
-from landscape_fast.kernels._launch import Config
+from landscape_fast.kernels._launch import INTERPRETED, Config
 from landscape_fast.ops import _hyper_batch_conv2d_fused as conv_plan
 from landscape_fast.ops import hyper_batch_linear, hyper_batch_linear_reference
 from landscape_fast.ops._batch_ensemble_conv2d_plan import Problem as ConvProblem
@@ -145,6 +147,28 @@ def test_the_same_in_64_bit_offsets(device):
         found.append(ys + outputs)
     for a, b in zip(*found, strict=True):
         assert not a.isnan().any() and torch.equal(a, b)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has no sparse files")
+def test_convolution_with_offsets_beyond_32_bits(tmp_path):
+    """Images whose channels lie 2**31 elements apart, read and written."""
+    size, far = (1, 1, 5, 2, 2), []
+    for name in ("x", "y"):  # pages of the files come on demand
+        big = torch.from_file(str(tmp_path / name), shared=True, size=2**31 + 200)
+        far.append(big.as_strided(size, (0, 0, 2**29 + 8, 2, 1)).copy_(torch.randn(size)))
+    near = [t.contiguous() for t in far]
+    factors = (torch.randn(1, 1, 5), *[torch.randn(1, 5) for _ in range(4)], None)
+    weight, delta = torch.randn(2, 5, 3, 3, 5)
+    for x, y in (far, near):
+        options = ((1, 1), (1, 1), (1, 1), False)
+        conv.hyper_batch_conv2d_fwd(x, weight, delta, *factors, y, None, *options)
+    assert torch.equal(far[1], near[1])
+
+
+def test_errors_name_the_op(monkeypatch, device):
+    monkeypatch.setattr(_launch, "MAX_GRID_X", 0)
+    with pytest.raises(ValueError, match="^hyper_batch_linear: .* for 0 programs; got 2"):
+        hyper_batch_linear(*inputs(2, 5, 4, 3, device=device), backend="triton")
 
 
 def test_launches_only_what_is_wanted(monkeypatch, device):

@@ -37,6 +37,13 @@ def test_without_a_gpu_the_general_configurations():
     assert isinstance(_launch.on_device(torch.zeros(1)), contextlib.nullcontext)
 
 
+def test_too_many_programs():
+    assert _launch.grid("op", 2**31 - 1) == (2**31 - 1,)
+    rule = "op: the problem must be small enough for 2147483647 programs; got 2147483648"
+    with pytest.raises(ValueError, match=rule):
+        _launch.grid("op", 2**31)
+
+
 def test_no_search_unless_asked():
     def run(config):
         raise AssertionError("must not launch")
