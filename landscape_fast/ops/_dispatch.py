@@ -200,10 +200,11 @@ def free(*sizes) -> bool:
         return True
     if not getattr(torch.compiler, "_is_exporting_flag", False):
         return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value
+    from torch.fx.experimental import symbolic_shapes
 
-    # a strict export is traced by dynamo, to which free sizes are ints
-    return not all(has_static_value(n) for n in sizes)
+    # a strict export is traced by dynamo, to which free sizes are ints; torch 2.7 cannot ask
+    known = getattr(symbolic_shapes, "has_static_value", None)
+    return known is not None and not all(known(n) for n in sizes)
 
 
 def _autocasting(device: str) -> bool:
