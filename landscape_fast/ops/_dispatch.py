@@ -159,6 +159,10 @@ def _obstacle(
 def _triton_obstacle(device: str) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
+    if find_spec("triton.tools.tensor_descriptor") is None:  # whatever a fork numbers itself
+        import triton
+
+        return f"it needs triton 3.4 or newer, which torch 2.8 brings, got {triton.__version__}"
     if device == "cuda":
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
         if capability < (8, 0):

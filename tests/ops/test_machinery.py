@@ -223,6 +223,17 @@ def test_an_op_without_the_forced_backend_keeps_its_own_choice(toy, monkeypatch)
     assert _dispatch.pick("toy", "auto", torch.ones(1, device="meta")) == "torch"
 
 
+def test_a_triton_without_descriptors_is_no_backend(monkeypatch):
+    """It would fail in the first call: torch 2.6 and 2.7 bring one."""
+    pytest.importorskip("triton")
+    found = {"triton": object(), "triton.tools.tensor_descriptor": None}
+    monkeypatch.setattr(_dispatch, "find_spec", found.get)
+    obstacle = _dispatch._triton_obstacle.__wrapped__
+    assert "it needs triton 3.4 or newer" in obstacle("cuda")
+    found["triton.tools.tensor_descriptor"] = object()
+    assert obstacle("cpu") is None
+
+
 def test_float64_and_other_devices_run_in_plain_pytorch():
     for op in _dispatch.OPS:
         if op != "pairwise_disagreement":  # it takes labels
