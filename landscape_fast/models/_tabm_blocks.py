@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _module
 
 from landscape_fast.models._tabm_start import table_rows
 from landscape_fast.nn.batch_ensemble import BatchEnsembleLinear
@@ -158,4 +158,9 @@ def hooked(*modules: nn.Module) -> bool:
             return True
         if "forward" in m.__dict__:
             return True
-    return _has_any_global_hook()
+    return bool(  # the conditions of nn.Module.__call__
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )

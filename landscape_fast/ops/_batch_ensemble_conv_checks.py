@@ -45,7 +45,7 @@ def check_count(op: str, argument: str, value: int) -> None:
 def pair(op: str, argument: str, value, least: int, dims: int = 2) -> tuple[int, ...]:
     """An int or `dims` ints, each at least `least`, as `dims` ints."""
     found = (value,) * dims if isinstance(value, int) else value
-    ok = isinstance(found, tuple | list) and len(found) == dims
+    ok = isinstance(found, (tuple, list)) and len(found) == dims
     ok = ok and all(whole(v, least) for v in found)
     if not ok:
         many = f"an integer or {COUNTS[dims]}" if dims > 1 else "an integer"
@@ -143,7 +143,7 @@ def check(op, x, weight, r, s, bias, conv: Conv, layout: str, activation) -> int
     if x.ndim == dims + 3 and layout == "member_major":
         told.append(x.shape[0])
     rule = "a tensor with a row per member where x has no member dimension"
-    require(bool(told), op, "r, s or bias", rule, f"x {list(x.shape)}")
+    require(len(told) > 0, op, "r, s or bias", rule, f"x {list(x.shape)}")
     M = told[0]
     require(M >= 1, op, "r, s, bias or x", "of at least one member", M)
     if layout == "folded":
@@ -177,7 +177,7 @@ def check_pixels(op: str, x: Tensor, weight: Tensor, conv: Conv) -> None:
     pixels = tuple(x.shape[-dims:])
     if conv.before and conv.mode != "constant":
         # a pixel that is reflected, or met again on the way round, must be there
-        most = [n - (conv.mode == "reflect") for n in pixels]
+        most = [n - int(conv.mode == "reflect") for n in pixels]
         wide = [max(conv.before[2 * d : 2 * d + 2]) for d in reversed(range(dims))]
         fits = conv.mode == "replicate" or all(p <= n for p, n in zip(wide, most, strict=True))
         rule = f"at most {most} with padding_mode '{conv.mode}' on pixels {list(pixels)}"

@@ -98,7 +98,8 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
         d = d.sum(0, dtype=wide) if x.ndim == 2 else d.flatten(0, 1)
         d, rows = d.unsqueeze(0), x if x.ndim == 2 else rows.flatten(0, 1).unsqueeze(0)
     rows = rows if rows.ndim == 3 else rows.expand(d.shape[0], *rows.shape)
-    kind = "compiled" if torch.compiler.is_compiling() else "cuda" if d.is_cuda else "cpu"
+    kind = "cuda" if d.device.type == "cuda" else "cpu"
+    kind = "compiled" if torch.compiler.is_compiling() else kind
     M, step = d.shape[0], max(1, OUTER_ELEMENTS[kind] // weight.numel())
     dweight = w.new_zeros(weight.shape) if need_weight else None
     dr, ds = [], []
@@ -138,7 +139,7 @@ def _weighted_sum(h: Tensor, by: Tensor | None, dim: int, exact: bool) -> Tensor
     """(h * by).sum(dim) for h [M, O, I]; by is [M, O, 1] for dim 1 and [M, 1, I] for dim 2."""
     if by is None:
         return h.sum(dim)
-    if h.is_cuda or exact:  # a product might round h to tf32, or add thousands of terms in a row
+    if exact or h.device.type == "cuda":  # a product might round to tf32, or add too many in a row
         return (h * by).sum(dim)
     found = by.transpose(1, 2) @ h if dim == 1 else h @ by.transpose(1, 2)
     return found.squeeze(dim)
@@ -149,7 +150,7 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
     16-bit values are exact in tf32 too, so torch's switch for that changes nothing.
     """
-    if a.is_cuda and WIDE_PRODUCTS and a.dtype == b.dtype != dtype:
+    if a.device.type == "cuda" and WIDE_PRODUCTS and a.dtype == b.dtype != dtype:
         return torch.bmm(a, b, out_dtype=dtype)
     return torch.bmm(a.to(dtype), b.to(dtype))
 

@@ -248,7 +248,7 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager:
 
 def rounded(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in `dtype`, as the products of a mixed op see them."""
-    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
+    return tuple([t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors])
 
 
 def as_rounded(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -165,7 +165,8 @@ def sums(dy: Tensor, t: Inputs, z2: Tensor | None, needs: Inputs) -> dict[str, T
 
 def _small_in(dtype: torch.dtype, t: Inputs) -> Inputs:
     """All but x as x rounds it, and then in `dtype`."""
-    return Inputs(t.x, *rounded(dtype, *rounded(t.x.dtype, *t[1:])))
+    x, *others = t
+    return Inputs(x, *rounded(dtype, *rounded(x.dtype, *others)))
 
 
 def offsets(t: Inputs) -> Tensor | None:
