@@ -10,6 +10,7 @@ from landscape_fast.landscape.diversity import (
     pair_diversity,
     upper_limit,
 )
+from landscape_fast.landscape.path_plots import cycle_panels, path_panels, simplex_heat_map
 from landscape_fast.landscape.plots import accuracy_diversity, heat_maps, reliability_diagram
 from landscape_fast.landscape.reliability import ReliabilityBins, reliability_bins
 
@@ -19,12 +20,15 @@ __all__ = [
     "PairDiversity",
     "ReliabilityBins",
     "accuracy_diversity",
+    "cycle_panels",
     "diagnose",
     "diversity_points",
     "heat_maps",
     "lower_limit",
     "pair_diversity",
+    "path_panels",
     "reliability_bins",
     "reliability_diagram",
+    "simplex_heat_map",
     "upper_limit",
 ]
