@@ -25,6 +25,7 @@ from landscape_fast.nn.ensemble import (
     extract_member,
     to_deep_ensemble,
 )
+from landscape_fast.nn.flat import FlatLayout
 from landscape_fast.nn.functional import (
     batch_ensemble_conv,
     batch_ensemble_conv2d,
@@ -62,6 +63,7 @@ __all__ = [
     "EnsembleBatchNorm2d",
     "EnsembleBatchNorm3d",
     "EnsembleLayerNorm",
+    "FlatLayout",
     "FoldedEnsemble",
     "HyperBatchConv2d",
     "HyperBatchLinear",
