@@ -6,7 +6,7 @@ import math
 from landscape_fast.ops._checks import whole
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "cosine", "step")
+SCHEDULES = ("constant", "cosine", "step", "hold_linear")
 MEMBER_BIAS = ("slow", "fast")
 MEMBER_BATCHES = ("shared", "own")
 AUGMENTS = ("none", "crop_flip")
@@ -26,8 +26,9 @@ class TrainConfig:
         momentum: of SGD; the other optimisers ignore it.
         weight_decay: of the shared parameters, as the torch optimiser defines it (a Keras
             regulariser l2(c) is `weight_decay=2 * c`).
-        schedule: "constant", "cosine" (to 0 at the last step) or "step" (times `step_factor`
-            after every `step_epochs` epochs, or at `milestones`).
+        schedule: "constant", "cosine" (to 0 at the last step), "step" (times `step_factor`
+            after every `step_epochs` epochs, or at `milestones`) or "hold_linear" (`hold_linear`
+            with the factor 0.01, a value per epoch: Garipov et al. 2018).
         step_epochs: epochs between two drops of the "step" schedule without milestones.
         step_factor: factor of one drop.
         milestones: numbers of finished epochs at which the "step" schedule drops; () for every
@@ -139,7 +140,26 @@ class TrainConfig:
             epoch = step // steps_per_epoch
             drops = sum(epoch >= milestone for milestone in self.milestones)
             return self.step_factor ** (drops if self.milestones else epoch // self.step_epochs)
+        if self.schedule == "hold_linear":
+            return hold_linear(step // steps_per_epoch / self.epochs, 0.01)
         return 1.0
+
+
+def hold_linear(part: float, last: float) -> float:
+    """1 for the first half of a run, then linear to `last` at nine tenths of it, and so to its end.
+
+    Args:
+        part: of the run that is done, from 0 to 1.
+        last: the last factor of the learning rate.
+
+    Source: the authors' code for Garipov et al. 2018 (arXiv:1802.10026), and for SWA (Izmailov et
+        al. 2018, arXiv:1803.05407), where `last` leads to the constant rate at which it averages.
+
+    Example:
+        >>> [round(hold_linear(part, 0.2), 3) for part in (0.0, 0.5, 0.7, 0.9, 1.0)]
+        [1.0, 1.0, 0.6, 0.2, 0.2]
+    """
+    return 1 - (1 - last) * min(max((part - 0.5) / 0.4, 0.0), 1.0)
 
 
 def _is_number(value: object) -> bool:

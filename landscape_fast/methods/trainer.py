@@ -115,7 +115,7 @@ class Run:
         self.steps_per_epoch = len(self.batches)
         self.optimizer = make_optimizer(model, config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: config.lr_factor(step, self.steps_per_epoch)
+            self.optimizer, lambda step: self.lr_factor(step)
         )
         self.identity = {
             **dataclasses.asdict(config),
@@ -131,6 +131,10 @@ class Run:
     def _zero_sums(self) -> Tensor:
         # loss * rows, right answers per member, rows; on the device, so no step waits for it
         return torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of step `step` (counted from 0) as a multiple of `config.lr`."""
+        return self.config.lr_factor(step, self.steps_per_epoch)
 
     def execute(self, resume: bool, progress: bool) -> History:
         """Trains to the end; from the checkpoint, where there is one and `resume` says so."""

@@ -8,11 +8,14 @@ NORMS = ("shared", "member")
 PIXELS = ("standardized", "unit", "raw")
 FAST_INITS = ("random_sign", "normal", "ones")
 OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "cosine", "step")
+SCHEDULES = ("constant", "cosine", "step", "hold_linear")
 MEMBER_BIAS = ("slow", "fast")
 MEMBER_BATCHES = ("shared", "own")
 AUGMENTS = ("none", "crop_flip")
 RECIPES = ("batch_ensemble", "single")
+SUBSPACES = ("line", "simplex", "bezier", "polychain")
+CURVES = ("bezier", "polychain")
+CYCLES = ("fge", "snapshot")
 MODEL_OF = {"digits": "mlp", "cifar10": "medium_cnn", "mnist": "small_cnn"}
 
 # Recipe of the convolutional networks of Fort et al. 2019 (arXiv:1912.02757), as in the authors'

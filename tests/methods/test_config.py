@@ -66,6 +66,16 @@ def test_cosine_falls_from_one_to_almost_zero():
     assert 0 < values[-1] < 0.01
 
 
+def test_hold_linear_is_the_schedule_of_the_authors_of_mode_connectivity():
+    """Their rule, epoch by epoch: 1 to half of the epochs, 0.01 from nine tenths of them."""
+    config = TrainConfig(epochs=20, schedule="hold_linear")
+    values = [config.lr_factor(3 * epoch + 2, 3) for epoch in range(20)]
+    assert values[:11] == [1.0] * 11 and values[18:] == pytest.approx([0.01] * 2)
+    falling = [1 - (epoch / 20 - 0.5) / 0.4 * 0.99 for epoch in range(11, 18)]
+    assert values[11:18] == pytest.approx(falling)
+    assert config.lr_factor(33, 3) == config.lr_factor(35, 3) > config.lr_factor(36, 3)
+
+
 def test_warm_up_rises_in_equal_steps_then_the_schedule_starts_at_one():
     values = factors(schedule="cosine", warmup_epochs=1)
     assert values[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
