@@ -48,6 +48,13 @@ from landscape_fast.nn.norm import (
     EnsembleBatchNorm3d,
     EnsembleLayerNorm,
 )
+from landscape_fast.nn.statistics import (
+    BatchMoments,
+    StatisticsGuard,
+    batch_norms,
+    recalibrate_,
+    statistics_mode_,
+)
 
 __all__ = [
     "BatchEnsembleConv1d",
@@ -58,6 +65,7 @@ __all__ = [
     "BatchEnsembleConvTranspose3d",
     "BatchEnsembleLinear",
     "BatchEnsembleMultiheadAttention",
+    "BatchMoments",
     "DeepEnsemble",
     "EnsembleBatchNorm1d",
     "EnsembleBatchNorm2d",
@@ -76,17 +84,21 @@ __all__ = [
     "Ones",
     "RandomSign",
     "ReLUDropout",
+    "StatisticsGuard",
     "activation_memory",
     "batch_ensemble_conv",
     "batch_ensemble_conv2d",
+    "batch_norms",
     "convert_",
     "ensemble_layers",
     "extract_member",
     "first_only_",
     "member_linear",
+    "recalibrate_",
     "relu_dropout",
     "saved_bytes",
     "split_members",
+    "statistics_mode_",
     "tile_members",
     "to_deep_ensemble",
 ]
