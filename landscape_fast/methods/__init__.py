@@ -2,6 +2,12 @@
 
 from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
+from landscape_fast.methods.cyclic import (
+    fge_learning_rate,
+    train_csgmcmc,
+    train_fge,
+    train_snapshot,
+)
 from landscape_fast.methods.deep import DeepEnsemble, Trained, train_deep_ensemble
 from landscape_fast.methods.hyper_batch import (
     HyperBatchEnsemble,
@@ -16,6 +22,7 @@ from landscape_fast.methods.hyper_deep import (
     train_hyper_deep,
 )
 from landscape_fast.methods.interrupt import TrainingInterrupted
+from landscape_fast.methods.langevin import LangevinSGD
 from landscape_fast.methods.optim import make_optimizer, param_groups
 from landscape_fast.methods.recipes import batch_ensemble_recipe, single_recipe
 from landscape_fast.methods.search_space import Choice, LogUniform, Uniform
@@ -27,6 +34,7 @@ __all__ = [
     "DeepEnsemble",
     "HyperBatchEnsemble",
     "HyperDeep",
+    "LangevinSGD",
     "LogUniform",
     "Selection",
     "TrainConfig",
@@ -37,6 +45,7 @@ __all__ = [
     "WeightedEnsemble",
     "batch_ensemble_recipe",
     "ensemble_cross_entropy",
+    "fge_learning_rate",
     "fit",
     "gibbs_cross_entropy",
     "load_network",
@@ -46,7 +55,10 @@ __all__ = [
     "select_members",
     "single_recipe",
     "train_batch_ensemble",
+    "train_csgmcmc",
     "train_deep_ensemble",
+    "train_fge",
     "train_hyper_batch",
     "train_hyper_deep",
+    "train_snapshot",
 ]

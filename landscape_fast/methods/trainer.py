@@ -113,7 +113,7 @@ class Run:
         self.members = count_members(model, x) if config.member_batches == "own" else 0
         self.batches = Batches(x, y, config, stream, self.members)
         self.steps_per_epoch = len(self.batches)
-        self.optimizer = make_optimizer(model, config)
+        self.optimizer = self.make_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: self.lr_factor(step)
         )
@@ -131,6 +131,10 @@ class Run:
     def _zero_sums(self) -> Tensor:
         # loss * rows, right answers per member, rows; on the device, so no step waits for it
         return torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the run; called once, when the model and the settings are known."""
+        return make_optimizer(self.model, self.config)
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of step `step` (counted from 0) as a multiple of `config.lr`."""
