@@ -87,6 +87,89 @@ void batch_ensemble_linear_backward(const BatchEnsembleLinear& op, const MemberR
                                     const MemberRows& y, const BatchEnsembleLinearGradients& out,
                                     int threads);
 
+// A part of K models of float32 parameters: P elements of each, model k from data + k * stride_k on.
+struct GramPart {
+  const float* data;
+  int64_t stride_k, P;
+};
+
+// out [L, K, K]: the inner products of the models in each part, in float64. K >= 1; a part may have
+// no elements.
+void gram(const GramPart* parts, int64_t L, int64_t K, double* out, int threads);
+
+// Rows of M members, P elements each of unit stride; null for none, stride_m 0 for one for all.
+struct MemberElements {
+  const void* data;
+  Dtype dtype;
+  int64_t stride_m;
+};
+
+// perturb: y[m, p] = (weights[m, p] + scale * sigma[m, p] * normal) * (dropped ? 0 : 1 / (1 - d)),
+// the random numbers of noise.h, of member first_member + m and element p.
+struct Perturbation {
+  int64_t M, P, first_member;
+  uint64_t seed;
+  const int64_t* seeds;  // the seed is there, unless null
+  const float* scales;   // [M], or null: all have `scale`, and 0 draws nothing
+  const float* dropouts;
+  MemberElements sigma;  // null: ones
+  float scale, dropout;
+};
+
+constexpr int64_t PERTURB_TILE = 1024;  // elements
+int64_t perturb_tiles(int64_t P);
+
+// y [M, P] contiguous; all float32 on the CPU, also sigma.
+void perturb(const Perturbation& draw, const float* weights, int64_t weights_stride_m, float* y,
+             int threads);
+
+// What is wanted, contiguous; null for what is not. [M, P] each, or [P] where one for all members;
+// parts [tiles, M], to be summed: of the gradient of the scales (float64 on the CPU, float32 on
+// CUDA). On CUDA dweights has the dtype of dy, dsigma that of sigma.
+struct PerturbGradients {
+  void* dweights;
+  bool dweights_shared;
+  void* dsigma;
+  bool dsigma_shared;
+  void* parts;
+};
+
+void perturb_backward(const Perturbation& draw, const float* dy, int64_t dy_stride_m,
+                      const PerturbGradients& out, int threads);
+
+// The rules of torch.optim that anchor_step knows.
+enum class AnchorRule : int { sgd = 0, momentum = 1, nesterov = 2, adam = 3, adamw = 4 };
+
+// One step of T trained anchors, S = T + F with the fixed ones, from the gradients of M points that
+// were mixed from them; see landscape_fast/ops/anchor_step.py. Rows are float32 of P elements with
+// unit stride, P the sum of the L sizes.
+struct AnchorStep {
+  int64_t M, T, F, L, P;
+  const int64_t* sizes;
+  const float* grad;
+  int64_t grad_stride_m;
+  const float* coeffs;  // unit stride along the anchors
+  int64_t coeffs_stride_m, coeffs_stride_l;
+  float* anchors;
+  int64_t anchors_stride_k;
+  const float* fixed;
+  int64_t fixed_stride_k;
+  float *first, *second;  // [T, P] contiguous, null where the rule has none
+  float* step;            // one is added
+  const float* lr_tensor;  // in the place of lr, or null
+  AnchorRule rule;
+  double lr, numbers[3];  // momentum, dampening; or beta1, beta2, eps
+  double weight_decay, curve_l2;
+  const bool* selected;   // [L]; null for all
+  const double* penalty;  // [S, S], or [L, S, S] with penalty_stride_l S * S; or null
+  int64_t penalty_stride_l;
+  const int64_t* pair;  // where not null, penalty is a Gram matrix and this names a pair of Cos2
+  double beta;
+};
+
+// gram: [S, S], or [L, S, S] with `parts`, or null.
+void anchor_step(const AnchorStep& op, double* gram, bool parts, int threads);
+
 // The SIMD variant that CPU kernels run here: "avx512", "avx2" or "baseline".
 const char* cpu_isa();
 
@@ -140,6 +223,11 @@ int64_t combine_backward_cuda_workspace(const CombinePart* parts, int64_t L, Dty
 int combine_backward_cuda(const CombinePart* parts, int64_t L, Dtype dtype, const Coeffs& coeffs,
                           const void* anchors, const void* dweights, void* workspace,
                           void* danchors, void* dcoeffs, int64_t dcoeffs_parts, void* stream);
+
+// As on the CPU, of any dtype; y has that of the weights.
+int perturb_cuda(const Perturbation& draw, const MemberElements& weights, void* y, void* stream);
+int perturb_backward_cuda(const Perturbation& draw, const MemberElements& dy,
+                          const PerturbGradients& out, void* stream);
 
 int cuda_runtime_version();  // 13000 is 13.0; of the runtime linked in
 int cuda_driver_version();   // 0 without a driver

@@ -101,6 +101,85 @@ void cpu_linear_entries(py::module_& m) {
         });
 }
 
+// M, P, first_member, seed; addresses of seeds, scales, dropouts, sigma; sigma's dtype, stride_m.
+using PerturbIntegers = std::array<int64_t, 10>;
+
+Perturbation perturbation_at(const PerturbIntegers& t, float scale, float dropout) {
+  return {t[0],
+          t[1],
+          t[2],
+          uint64_t(t[3]),
+          pointer<const int64_t>(uintptr_t(t[4])),
+          pointer<const float>(uintptr_t(t[5])),
+          pointer<const float>(uintptr_t(t[6])),
+          {pointer<const void>(uintptr_t(t[7])), Dtype(t[8]), t[9]},
+          scale,
+          dropout};
+}
+
+PerturbGradients perturb_gradients_at(const Integers2& dweights, const Integers2& dsigma,
+                                      uintptr_t parts) {  // address, whether one for all members
+  return {pointer<void>(uintptr_t(dweights[0])), dweights[1] != 0,
+          pointer<void>(uintptr_t(dsigma[0])), dsigma[1] != 0, pointer<void>(parts)};
+}
+
+void cpu_perturb_entries(py::module_& m) {
+  m.def("perturb_tiles", &perturb_tiles);
+  m.def("perturb", [](const PerturbIntegers& draw, float scale, float dropout, uintptr_t weights,
+                      int64_t stride_m, uintptr_t y, int threads) {
+    py::gil_scoped_release released;
+    perturb(perturbation_at(draw, scale, dropout), pointer<const float>(weights), stride_m,
+            pointer<float>(y), threads);
+  });
+  m.def("perturb_backward",
+        [](const PerturbIntegers& draw, float scale, float dropout, uintptr_t dy, int64_t stride_m,
+           const Integers2& dweights, const Integers2& dsigma, uintptr_t parts, int threads) {
+          py::gil_scoped_release released;
+          perturb_backward(perturbation_at(draw, scale, dropout), pointer<const float>(dy),
+                           stride_m, perturb_gradients_at(dweights, dsigma, parts), threads);
+        });
+}
+
+// One tuple (address, stride_k, P) for each part; see GramPart.
+void cpu_gram_entries(py::module_& m) {
+  m.def("gram", [](const std::vector<std::array<int64_t, 3>>& rows, int64_t K, uintptr_t out,
+                   int threads) {
+    py::gil_scoped_release released;
+    std::vector<GramPart> parts;
+    for (const auto& row : rows) {
+      parts.push_back({pointer<const float>(uintptr_t(row[0])), row[1], row[2]});
+    }
+    gram(parts.data(), int64_t(parts.size()), K, pointer<double>(out), threads);
+  });
+}
+
+// Addresses of grad, coeffs, anchors, fixed, first, second, step, lr, selected, penalty, pair, gram,
+// 0 for none; strides of grad, anchors, fixed; M, T, F; and as in AnchorStep. coeffs and penalty are
+// contiguous, [M, L, S] and [L, S, S] with the first two flags; the third asks for gram by part.
+void cpu_anchor_entries(py::module_& m) {
+  m.def("anchor_step", [](const std::array<uintptr_t, 12>& at, const std::array<int64_t, 3>& strides,
+                          const std::array<int64_t, 3>& counts, const std::vector<int64_t>& sizes,
+                          int rule, const std::array<double, 7>& hyper,
+                          const std::array<bool, 3>& flags, int threads) {
+    py::gil_scoped_release released;
+    const int64_t L = int64_t(sizes.size()), S = counts[1] + counts[2];
+    int64_t P = 0;
+    for (int64_t size : sizes) P += size;
+    const AnchorStep op{counts[0], counts[1], counts[2], L, P, sizes.data(),
+                        pointer<const float>(at[0]), strides[0],
+                        pointer<const float>(at[1]), flags[0] ? L * S : S, flags[0] ? S : 0,
+                        pointer<float>(at[2]), strides[1],
+                        pointer<const float>(at[3]), strides[2],
+                        pointer<float>(at[4]), pointer<float>(at[5]), pointer<float>(at[6]),
+                        pointer<const float>(at[7]), AnchorRule(rule), hyper[0],
+                        {hyper[1], hyper[2], hyper[3]}, hyper[4], hyper[5],
+                        pointer<const bool>(at[8]),
+                        pointer<const double>(at[9]), flags[1] ? S * S : 0,
+                        pointer<const int64_t>(at[10]), hyper[6]};
+    anchor_step(op, pointer<double>(at[11]), flags[2], threads);
+  });
+}
+
 #ifdef LSF_WITH_CUDA
 void raise_on(int error, const char* what) {
   if (error != 0) {
@@ -184,6 +263,27 @@ void cuda_combine_entries(py::module_& m) {
                    "combine_backward");
         });
 }
+
+void cuda_perturb_entries(py::module_& m) {
+  m.def("perturb_cuda",
+        [](const PerturbIntegers& draw, float scale, float dropout, uintptr_t weights, int dtype,
+           int64_t stride_m, uintptr_t y, uintptr_t stream) {
+          const MemberElements w{pointer<const void>(weights), Dtype(dtype), stride_m};
+          raise_on(perturb_cuda(perturbation_at(draw, scale, dropout), w, pointer<void>(y),
+                                pointer<void>(stream)),
+                   "perturb");
+        });
+  m.def("perturb_backward_cuda",
+        [](const PerturbIntegers& draw, float scale, float dropout, uintptr_t dy, int dtype,
+           int64_t stride_m, const Integers2& dweights, const Integers2& dsigma, uintptr_t parts,
+           uintptr_t stream) {
+          const MemberElements d{pointer<const void>(dy), Dtype(dtype), stride_m};
+          raise_on(perturb_backward_cuda(perturbation_at(draw, scale, dropout), d,
+                                         perturb_gradients_at(dweights, dsigma, parts),
+                                         pointer<void>(stream)),
+                   "perturb_backward");
+        });
+}
 #endif
 
 }  // namespace
@@ -193,10 +293,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build_info") = LSF_BUILD_INFO;
   cpu_entries(m);
   cpu_linear_entries(m);
+  cpu_anchor_entries(m);
+  cpu_gram_entries(m);
+  cpu_perturb_entries(m);
 #ifdef LSF_WITH_CUDA
   m.attr("with_cuda") = true;
   cuda_entries(m);
   cuda_combine_entries(m);
+  cuda_perturb_entries(m);
 #else
   m.attr("with_cuda") = false;
 #endif

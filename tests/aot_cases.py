@@ -18,7 +18,7 @@ import torch
 from landscape_fast.kernels import batch_ensemble_linear as linear
 from landscape_fast.kernels import batch_ensemble_linear_backward as linear_backward
 from landscape_fast.kernels import batch_ensemble_linear_tiles as linear_tiles
-from landscape_fast.kernels import combine
+from landscape_fast.kernels import combine, gram
 from landscape_fast.kernels._launch import SHARED_MEMORY
 from landscape_fast.kernels._table import Row
 
@@ -40,6 +40,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from (Case(*case) for case in aot_conv_cases.cases(arch, TENSOR_CORES))
     yield from _combine(arch)
     yield from (Case(*case) for case in aot_hyper_batch.cases(arch, TENSOR_CORES))
+    yield from _gram(arch)
 
 
 def _linear(arch: int) -> Iterator[Case]:
@@ -128,6 +129,22 @@ def _combine_call(config, K, parts, backward):
             combine.combine_fwd(coeffs, anchors, weights, rows, config)
 
     return call
+
+
+def _gram(arch: int) -> Iterator[Case]:
+    for (a, k), config in gram.SHIPPED.items():
+        for parts in (1, 2) if k == 2 else (1,):  # two parts: the code of one, and more
+            for dtype in (torch.float32, torch.bfloat16) if k == 4 else (torch.float32,):
+                if a == arch:
+                    name = f"gram K={k} parts={parts} {dtype}"
+                    yield Case(name, _gram_call(config, k, parts, dtype))
+
+
+def _gram_call(config, K, parts, dtype):
+    P = 4096
+    anchors, out = torch.empty(K, P, dtype=dtype), torch.empty(parts, K, K, dtype=torch.float64)
+    rows = ((P, 0, P, 0, 0, -1, 0, 0), (P // 2 + 1, 1, P, 0, 0, -1, 0, 1))[:parts]
+    return lambda: gram.gram(anchors, out, rows, config)
 
 
 def main(arch: int) -> None:

@@ -10,6 +10,7 @@ OPS = (
     "pairwise_divergence",
     "ensemble_summary",
     "combine",
+    "gram",
     "pairwise_disagreement",
     "tabm_step",
 )

@@ -19,6 +19,7 @@ from landscape_fast.ops.ensemble_summary import (
     ensemble_summary,
     ensemble_summary_reference,
 )
+from landscape_fast.ops.gram import gram, gram_reference
 from landscape_fast.ops.hyper_batch_conv2d import (
     hyper_batch_conv2d,
     hyper_batch_conv2d_reference,
@@ -44,6 +45,8 @@ __all__ = [
     "combine_reference",
     "ensemble_summary",
     "ensemble_summary_reference",
+    "gram",
+    "gram_reference",
     "hyper_batch_conv2d",
     "hyper_batch_conv2d_reference",
     "hyper_batch_l2",

@@ -17,6 +17,7 @@ from landscape_fast.ops.batch_ensemble_linear import (
 )
 from landscape_fast.ops.combine import combine, combine_reference
 from landscape_fast.ops.ensemble_summary import ensemble_summary, ensemble_summary_reference
+from landscape_fast.ops.gram import gram, gram_reference
 from landscape_fast.ops.hyper_batch_conv2d import (
     hyper_batch_conv2d,
     hyper_batch_conv2d_reference,
@@ -123,6 +124,15 @@ def _layers(scale):
 def _listed(scale):
     shapes = ((7, 3, 3, 3), (7,), (1,), (129 * scale, 65 * scale), (0, 4))
     return [torch.randn(5, 3), *[torch.randn(3, *shape) for shape in shapes]]
+
+
+def _whole(make):
+    """Small integers, whose sums are exact in any order: nothing else would do for float64."""
+    return lambda scale: [t.mul(2).round().clamp(-8, 8) for t in make(scale)[1:]]
+
+
+def _of_list(function, *anchors, **options):
+    return function(list(anchors), **options)
 
 
 def _logits(M, N, C):
@@ -290,6 +300,21 @@ ENTRIES = (
         partial(_on_list, combine),
         partial(_on_list, combine_reference),
         _listed,
+    ),
+    Entry("gram flat", "gram", gram, gram_reference, _whole(_flat)),
+    Entry(
+        "gram layers",
+        "gram",
+        partial(gram, sizes=SIZES),
+        partial(gram_reference, sizes=SIZES),
+        _whole(_layers),
+    ),
+    Entry(
+        "gram list",
+        "gram",
+        partial(_of_list, gram),
+        partial(_of_list, gram_reference),
+        _whole(_listed),
     ),
     *_divergence_entries(),
     Entry(
