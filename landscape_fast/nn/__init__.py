@@ -48,6 +48,7 @@ from landscape_fast.nn.norm import (
     EnsembleBatchNorm3d,
     EnsembleLayerNorm,
 )
+from landscape_fast.nn.stacked import StackedEnsemble
 from landscape_fast.nn.statistics import (
     BatchMoments,
     StatisticsGuard,
@@ -84,6 +85,7 @@ __all__ = [
     "Ones",
     "RandomSign",
     "ReLUDropout",
+    "StackedEnsemble",
     "StatisticsGuard",
     "activation_memory",
     "batch_ensemble_conv",

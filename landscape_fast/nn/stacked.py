@@ -1,0 +1,348 @@
+"""M networks of one architecture as one module that runs them in one pass."""
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from landscape_fast.nn._stacked_loop import (
+    LoopedModule,
+    MemberLoop,
+    MemberStreams,
+    gather,
+    spread,
+)
+from landscape_fast.nn.functional import check_count, split_members
+from landscape_fast.nn.stacked_layers import StackedConv, StackedDropout, stand_in
+from landscape_fast.ops._checks import message, require, whole
+from landscape_fast.ops._dispatch import transforming
+
+HOWS = ("auto", "batched", "loop")
+PROBE_ROWS = 4  # per member; a batch norm in training needs more than one
+
+
+class StackedEnsemble(nn.Module):
+    """M networks of one architecture, any `nn.Module`, that share nothing, in one pass.
+
+    `stack.model` has the parameters and buffers of the networks under their names, [M, ...] each:
+    one optimiser, one state dict, one call for all members. Tied tensors stay tied.
+
+    Batched, the rows of all members go through the network as one folded batch [M*B, ...]: layers
+    with tensors of their own are replaced by layers of M members (linear layers, convolutions,
+    norms, embeddings, PReLU), dropout draws for every member from its own stream
+    (`seed_members_`), and the smallest module around a parameter that no rule knows runs member by
+    member. What has no tensors stays as it is; it must treat the rows of the batch (the first
+    dimension) alike and apart from one another. Whether it does is tried out at the first call in
+    each mode, on few rows and two members, against the loop.
+
+    In a loop every member runs by itself, in one plain network whose tensors are exchanged.
+
+    Args:
+        networks: of the same class, settings, shapes, dtype and device; copied, not changed.
+            Parametrised modules and those with hooks are run member by member.
+        how: "batched"; "loop"; "auto": the loop for one member, on a CPU for networks of
+            convolutions and for those with parts that run member by member anyway, and for
+            networks that cannot be batched (with a warning); batched for all others.
+
+    Raises:
+        ValueError: if the networks differ in more than their values, or a parameter is not
+            initialised yet; on a call, for input that does not fit, or where "batched" finds that
+            the network cannot be.
+
+    Under `torch.compile` nothing is tried out and dropout is that of the compiler; call the
+    ensemble once before compiling it.
+
+    Example:
+        >>> stack = StackedEnsemble([nn.Linear(8, 3) for _ in range(4)])
+        >>> stack(torch.zeros(5, 8)).shape, stack.model.weight.shape
+        (torch.Size([4, 5, 3]), torch.Size([4, 3, 8]))
+        >>> stack.member(2)
+        Linear(in_features=8, out_features=3, bias=True)
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], *, how: str = "auto"):
+        super().__init__()
+        networks = list(networks)
+        op = "StackedEnsemble"
+        require(len(networks) >= 1, op, "networks", "at least one network", 0)
+        require(how in HOWS, op, "how", f"one of {HOWS}", repr(how))
+        self.members, self.how = len(networks), how
+        self.streams = MemberStreams()
+        plain, table = _stack(networks)
+        made: dict[int, nn.Module] = {}
+        _replace(plain, self.members, table, made, self.streams)
+        for module in plain.modules():
+            if isinstance(module, nn.TransformerEncoder) and id(module) not in made:
+                module.use_nested_tensor = False  # reads the weights of its layers
+        for tensor in _tensors(plain).values():
+            made[id(tensor)] = table[id(tensor)]
+        self.model = copy.deepcopy(plain, made)
+        self._loop = MemberLoop(plain, self.model)
+        convolves = any(isinstance(m, StackedConv) for m in self.model.modules())
+        self._slow_on_cpu = convolves or bool(self.looped)
+        self._tried: dict[bool, str] = {}  # train mode -> why it cannot be batched, or ""
+
+    @classmethod
+    def like(cls, model: nn.Module, members: int, *, how: str = "auto") -> "StackedEnsemble":
+        """`members` copies of `model`."""
+        check_count("StackedEnsemble.like", "members", members)
+        return cls([model] * members, how=how)
+
+    def forward(self, x: Any, *, own: bool = False) -> Any:
+        """x [B, ...] that all members read, or with `own` [M, B, ...] -> [M, B, ...].
+
+        A network that takes a tuple, list or dictionary of tensors is given one, as its one
+        argument; and one that returns such, or tensors of other shapes [...], does so here, with M
+        in front of every tensor.
+        """
+        M = self.members
+        if own:
+            rule = f"[M, B, ...] with M = {M}, for own=True"
+            for t in _leaves(x):
+                ok = t.ndim > 0 and t.shape[0] == M
+                require(ok, "StackedEnsemble", "x", rule, list(t.shape))
+        if self.runs(x, own=own) == "batched":
+            return self._batched(x, own)
+        return self._one_by_one(x, own)
+
+    def run(self, weights: Mapping[str, Tensor], x: Any, *, own: bool = False) -> Any:
+        """`forward` with other parameters: by their names in the network, [M, ...] each.
+
+        Names that are left out keep the parameters of the ensemble; buffers are its own. Gradients
+        flow to `weights`.
+        """
+        shapes = {name: p.shape for name, p in self.model.named_parameters(remove_duplicate=False)}
+        for name, value in weights.items():
+            ok = name in shapes and value.shape == shapes[name]
+            rule = f"of shape {list(shapes[name])}" if name in shapes else "a parameter's name"
+            require(ok, "StackedEnsemble.run", f"weights[{name!r}]", rule, list(value.shape))
+        named = {f"model.{name}": value for name, value in weights.items()}
+        return torch.func.functional_call(self, named, (x,), {"own": own})
+
+    def runs(self, x: Any, *, own: bool = False) -> str:
+        """ "batched" or "loop": what a call with this x does in the present mode and device."""
+        if self.how == "loop" or (self.how == "auto" and self.members == 1):
+            return "loop"
+        device = next((t.device.type for t in _leaves(x)), "cpu")
+        if self.how == "auto" and device == "cpu" and self._slow_on_cpu:
+            return "loop"
+        blind = torch.compiler.is_compiling() or transforming() or device == "meta"
+        if self.training not in self._tried and not blind:
+            self._tried[self.training] = why = self._try(x, own)
+            remedy = 'use how="loop"'
+            rule = "one whose rows can be batched"
+            if why and self.how == "batched":
+                require(False, "StackedEnsemble", "networks", rule, why, remedy)
+            if why:
+                text = message("StackedEnsemble", "networks", rule, why, "they run in a loop")
+                warnings.warn(text, stacklevel=4)
+        return "loop" if self._tried.get(self.training) else "batched"
+
+    def _batched(self, x: Any, own: bool) -> Any:
+        def fold(t: Tensor) -> list[Tensor]:
+            return [t.flatten(0, 1) if own else torch.cat([t] * self.members)]
+
+        y = self.model(spread(x, fold, 1)[0])
+        return gather([y], lambda one: split_members(one[0], self.members))
+
+    def _one_by_one(self, x: Any, own: bool) -> Any:
+        parts = spread(x, lambda t: list(t) if own else [t] * self.members, self.members)
+        return gather(self._loop([((part,), {}) for part in parts], self.streams), torch.stack)
+
+    @torch.no_grad()
+    def _try(self, x: Any, own: bool) -> str:
+        """Why the network cannot be batched, found by trying; "" if it can.
+
+        In float64, where only a difference in what is computed is as large as half the digits;
+        with weights that differ between the two members; without layers of dropout, and with one
+        stream per member for other random numbers.
+        """
+        first, last = 0, self.members - 1
+        rows = _map(x, lambda t: t[[first, last], :PROBE_ROWS] if own else t[:PROBE_ROWS])
+        generator = torch.Generator().manual_seed(0)
+        pair = StackedEnsemble([self.member(first), self.member(last)], how="batched")
+        for p in pair.parameters():
+            if p.is_floating_point():
+                noise = torch.rand(p.shape, generator=generator).to(p)
+                p.copy_(p * (1 + noise / 4))
+        _match_modes(pair.model, self.model)
+        pair.seed_members_([0, 1])
+        for module in pair.modules():
+            if isinstance(module, StackedDropout):
+                module.eval()
+        for wide in (True, False):
+            if wide:
+                two = copy.deepcopy(pair).double()
+                given = _map(rows, lambda t: t.double() if t.is_floating_point() else t)
+            else:
+                two, given = pair, rows
+            try:
+                truth = copy.deepcopy(two)._one_by_one(given, own)
+            except Exception:
+                if wide:  # a network that only runs in its own dtype
+                    continue
+                raise
+            try:
+                found = two._batched(given, own)
+            except Exception as error:
+                reason = str(error).strip().splitlines() or [""]
+                return f"{type(error).__name__} ({reason[0][:120]})"
+            return _difference(found, truth)
+        return ""
+
+    @property
+    def looped(self) -> list[str]:
+        """Names of the modules that run member by member where the rest is batched."""
+        found = self.model.named_modules()
+        return [
+            name
+            for name, module in found
+            if isinstance(module, LoopedModule) and not isinstance(module, StackedDropout)
+        ]
+
+    def seed_members_(self, seeds: Sequence[int]) -> "StackedEnsemble":
+        """Gives member m a random stream of its own, from `seeds[m]`; no seeds: none has one.
+
+        On a CPU the dropout masks of member m are then those of a run of that network alone after
+        `torch.manual_seed(seeds[m])`. Without streams they come from torch's global generator. The
+        state of the streams, for checkpoints: `stack.streams.state()` and `.load(state)`.
+        """
+        seeds = list(seeds)
+        ok = len(seeds) in (0, self.members) and all(whole(seed, 0) for seed in seeds)
+        rule = f"M = {self.members} integers of at least 0, or none"
+        require(ok, "StackedEnsemble.seed_members_", "seeds", rule, seeds)
+        self.streams.seed(seeds)
+        return self
+
+    @torch.no_grad()
+    def member(self, i: int) -> nn.Module:
+        """Member i as a plain network with its own copies of all tensors."""
+        ok = whole(i, 0) and i < self.members
+        rule = f"an integer from 0 to {self.members - 1}"
+        require(ok, "StackedEnsemble.member", "i", rule, repr(i))
+        memo: dict[int, Any] = {}
+        for plain, holder in self._loop.pairs:
+            plain.training = holder.training
+            for kind in ("_parameters", "_buffers"):
+                for key, empty in getattr(plain, kind).items():
+                    if empty is not None and id(empty) not in memo:
+                        full = getattr(holder, kind)[key]
+                        own = full.detach()[i].clone()
+                        learned = kind == "_parameters"
+                        memo[id(empty)] = Parameter(own, full.requires_grad) if learned else own
+        return copy.deepcopy(self._loop.plain, memo)
+
+    def networks(self) -> list[nn.Module]:
+        """All members as plain networks."""
+        return [self.member(i) for i in range(self.members)]
+
+    def extra_repr(self) -> str:
+        return f"members={self.members}, how={self.how!r}"
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, under each of their names."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    return dict(named + list(model.named_buffers(remove_duplicate=False)))
+
+
+def _stack(networks: list[nn.Module]) -> tuple[nn.Module, dict[int, Tensor]]:
+    """The first network on the meta device, and the stacked tensors by the id of its tensors."""
+    op, first = "StackedEnsemble", networks[0]
+    for i, network in enumerate(networks):
+        if not isinstance(network, nn.Module):
+            argument = f"networks[{i}]"
+            raise TypeError(message(op, argument, "an nn.Module", type(network).__name__))
+    every = [_tensors(network) for network in networks]
+    lazy = [n for n, t in every[0].items() if isinstance(t, nn.parameter.UninitializedTensorMixin)]
+    require(not lazy, op, "networks", "initialised", f"{lazy[:1]} without a shape", "call it once")
+    shown, ties = repr(first), _ties(every[0])
+    for i, (network, named) in enumerate(zip(networks, every, strict=True)):
+        if network is first:
+            continue
+        argument = f"networks[{i}]"
+        rule = "of the class, settings and names of networks[0]"
+        alike = type(network) is type(first) and repr(network) == shown
+        alike = alike and list(named) == list(every[0]) and _ties(named) == ties
+        require(alike, op, argument, rule, type(network).__name__ + " that differs")
+        for name, tensor in named.items():
+            want, got = _kind(every[0][name]), _kind(tensor)
+            rule = f"{want} in {name!r}, as networks[0]"
+            require(want == got, op, argument, rule, got)
+    memo, table = {}, {}
+    for module in first.modules():  # what an older weight_norm leaves behind cannot be copied
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach()
+    for name, tensor in every[0].items():
+        if id(tensor) in memo:
+            continue
+        full = torch.stack([named[name].detach() for named in every])
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, Parameter):
+            full = Parameter(full, requires_grad=tensor.requires_grad)
+            empty = Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)], table[id(empty)] = empty, full
+    return copy.deepcopy(first, memo), table
+
+
+def _ties(named: dict[str, Tensor]) -> list[int]:
+    """For each name the place of the first one with the same tensor."""
+    places: dict[int, int] = {}
+    return [places.setdefault(id(t), place) for place, t in enumerate(named.values())]
+
+
+def _kind(t: Tensor) -> str:
+    grad = "" if t.requires_grad or not isinstance(t, Parameter) else ", without gradient"
+    return f"{list(t.shape)} {t.dtype} on {t.device}{grad}"
+
+
+def _replace(plain, members, table, made, streams) -> None:
+    """Enters in `made`, by id, what stands for `plain` or for the modules inside of it."""
+    if id(plain) in made:
+        return
+    layer = stand_in(plain, members, table, made, streams)
+    if layer is not None:
+        made[id(plain)] = layer
+        return
+    for child in plain.children():
+        _replace(child, members, table, made, streams)
+
+
+def _match_modes(to: nn.Module, like: nn.Module) -> None:
+    for name, module in like.named_modules():
+        to.get_submodule(name).training = module.training
+
+
+def _map(nest: Any, function) -> Any:
+    return spread(nest, lambda t: [function(t)], 1)[0]
+
+
+def _leaves(nest: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(nest, lambda t: found.append(t) or t)
+    return found
+
+
+def _difference(found: Any, truth: Any) -> str:
+    """How the results differ by more than rounding, in words; "" if they do not."""
+    pairs = list(zip(_leaves(found), _leaves(truth), strict=False))
+    if len(_leaves(found)) != len(_leaves(truth)):
+        return "results of another structure"
+    for a, b in pairs:
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"a result {list(a.shape)} in place of {list(b.shape)}"
+        if not b.is_floating_point():
+            if not torch.equal(a, b):
+                return "other results than one by one"
+            continue
+        largest = float(b.nan_to_num().abs().max()) if b.numel() else 0.0
+        slack = math.sqrt(torch.finfo(b.dtype).eps) * largest
+        if not torch.allclose(a, b, rtol=0, atol=slack, equal_nan=True):
+            return "other results than one by one"
+    return ""
