@@ -38,12 +38,8 @@ LSF_HD float float_of(int32_t i) {
 // 2^n for -127 < n < 128; for any other n, which only NaN brings, some float.
 LSF_HD float two_to(int32_t n) { return float_of(int32_t(uint32_t(n + 127) << 23)); }
 
-// log2(x) - e for x >= 0, relative error 3e-8, with the e that brings it nearest to 0. At 0 (and
-// below 1e-38), for NaN and for infinity, some finite numbers.
-LSF_HD float log2_beside(float x, int32_t& e) {
-  const uint32_t i = uint32_t(bits_of(x));
-  e = int32_t(i - 0x3f3504f3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
-  const float f = float_of(int32_t(i - (uint32_t(e) << 23))) - 1.0f;
+// log2(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)), relative error 3e-8.
+LSF_HD float log2_near_one(float f) {
   float y = 0.1258355944f;
   y = y * f - 0.2072682098f;
   y = y * f + 0.2157154338f;
@@ -54,6 +50,14 @@ LSF_HD float log2_beside(float x, int32_t& e) {
   y = y * f - 0.7213473469f;
   y = y * f + 1.442695004f;
   return f * y;
+}
+
+// log2(x) - e for x >= 0, relative error 3e-8, with the e that brings it nearest to 0. At 0 (and
+// below 1e-38), for NaN and for infinity, some finite numbers.
+LSF_HD float log2_beside(float x, int32_t& e) {
+  const uint32_t i = uint32_t(bits_of(x));
+  e = int32_t(i - 0x3f3504f3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  return log2_near_one(float_of(int32_t(i - (uint32_t(e) << 23))) - 1.0f);
 }
 
 // log2(x), finite at 0: x * log2_of(x) is 0 there with no test.

@@ -34,6 +34,7 @@ from landscape_fast.ops.pairwise_divergence import (
     pairwise_divergence,
     pairwise_divergence_reference,
 )
+from landscape_fast.ops.perturb import perturb, perturb_reference
 
 __all__ = [
     "EnsembleSummary",
@@ -57,4 +58,6 @@ __all__ = [
     "pairwise_disagreement_reference",
     "pairwise_divergence",
     "pairwise_divergence_reference",
+    "perturb",
+    "perturb_reference",
 ]
