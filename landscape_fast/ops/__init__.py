@@ -5,6 +5,14 @@ One page per op: docstring, checks, reference, autograd, registration.
 """
 
 from landscape_fast.ops._hyper_batch_l2 import hyper_batch_l2, hyper_batch_l2_reference
+from landscape_fast.ops.anchor_step import (
+    AdamRule,
+    AnchorState,
+    Cos2,
+    SGDRule,
+    anchor_step,
+    anchor_step_reference,
+)
 from landscape_fast.ops.batch_ensemble_conv2d import (
     batch_ensemble_conv2d,
     batch_ensemble_conv2d_reference,
@@ -37,7 +45,13 @@ from landscape_fast.ops.pairwise_divergence import (
 from landscape_fast.ops.perturb import perturb, perturb_reference
 
 __all__ = [
+    "AdamRule",
+    "AnchorState",
+    "Cos2",
     "EnsembleSummary",
+    "SGDRule",
+    "anchor_step",
+    "anchor_step_reference",
     "batch_ensemble_conv2d",
     "batch_ensemble_conv2d_reference",
     "batch_ensemble_linear",
