@@ -16,6 +16,7 @@ from landscape_fast.nn.batch_ensemble_conv import (
     BatchEnsembleConvTranspose2d,
     BatchEnsembleConvTranspose3d,
 )
+from landscape_fast.nn.coefficients import Bezier, Line, PolyChain, Simplex
 from landscape_fast.nn.convert import convert_
 from landscape_fast.nn.dropout import ReLUDropout, relu_dropout
 from landscape_fast.nn.ensemble import (
@@ -56,6 +57,7 @@ from landscape_fast.nn.statistics import (
     recalibrate_,
     statistics_mode_,
 )
+from landscape_fast.nn.subspace import Subspace
 
 __all__ = [
     "BatchEnsembleConv1d",
@@ -67,6 +69,7 @@ __all__ = [
     "BatchEnsembleLinear",
     "BatchEnsembleMultiheadAttention",
     "BatchMoments",
+    "Bezier",
     "DeepEnsemble",
     "EnsembleBatchNorm1d",
     "EnsembleBatchNorm2d",
@@ -79,14 +82,18 @@ __all__ = [
     "HyperBatchNetwork",
     "HyperEmbedding",
     "LambdaDistribution",
+    "Line",
     "MemberLinear",
     "MemberScale",
     "Normal",
     "Ones",
+    "PolyChain",
     "RandomSign",
     "ReLUDropout",
+    "Simplex",
     "StackedEnsemble",
     "StatisticsGuard",
+    "Subspace",
     "activation_memory",
     "batch_ensemble_conv",
     "batch_ensemble_conv2d",
