@@ -43,6 +43,7 @@ from landscape_fast.ops.pairwise_divergence import (
     pairwise_divergence_reference,
 )
 from landscape_fast.ops.perturb import perturb, perturb_reference
+from landscape_fast.ops.subspace_conv2d import subspace_conv2d, subspace_conv2d_reference
 
 __all__ = [
     "AdamRule",
@@ -74,4 +75,6 @@ __all__ = [
     "pairwise_divergence_reference",
     "perturb",
     "perturb_reference",
+    "subspace_conv2d",
+    "subspace_conv2d_reference",
 ]
