@@ -105,7 +105,7 @@ def outer_backward(dy, x, weight, r, s, needs, bias_shared, bias_dtype, batch_ma
     dr, ds = [], []
     for first in range(0, M, step):
         some = slice(first, first + step)
-        g = _wide_product(d[some].transpose(1, 2), rows[some], wide)  # [step, O, I]
+        g = wide_product(d[some].transpose(1, 2), rows[some], wide)  # [step, O, I]
         r_row = None if r is None else low_r[some].unsqueeze(1)
         s_column = None if s is None else low_s[some].unsqueeze(2)
         if need_r or need_s:
@@ -145,7 +145,7 @@ def _weighted_sum(h: Tensor, by: Tensor | None, dim: int, exact: bool) -> Tensor
     return found.squeeze(dim)
 
 
-def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b for a batch, formed from the exact values and returned in `dtype`.
 
     16-bit values are exact in tf32 too, so torch's switch for that changes nothing.
