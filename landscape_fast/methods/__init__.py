@@ -1,5 +1,6 @@
 """How ensembles are trained, on one resumable loop, and which of their members are worth it."""
 
+from landscape_fast.methods.averaging import TrainedSwag, train_swa, train_swag
 from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.cyclic import (
@@ -27,6 +28,7 @@ from landscape_fast.methods.optim import make_optimizer, param_groups
 from landscape_fast.methods.recipes import batch_ensemble_recipe, single_recipe
 from landscape_fast.methods.search_space import Choice, LogUniform, Uniform
 from landscape_fast.methods.selection import Selection, select_members
+from landscape_fast.methods.swag import Swag
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 
 __all__ = [
@@ -37,8 +39,10 @@ __all__ = [
     "LangevinSGD",
     "LogUniform",
     "Selection",
+    "Swag",
     "TrainConfig",
     "Trained",
+    "TrainedSwag",
     "TrainingInterrupted",
     "Tuning",
     "Uniform",
@@ -61,4 +65,6 @@ __all__ = [
     "train_hyper_batch",
     "train_hyper_deep",
     "train_snapshot",
+    "train_swa",
+    "train_swag",
 ]
