@@ -217,10 +217,11 @@ def dirichlet(
     """
     _check_count("dirichlet", anchors)
     _check_concentration("dirichlet", concentration)
-    shape = torch.full((draws, anchors), float(concentration), device=device, dtype=torch.float64)
-    g = torch._standard_gamma(shape, generator=generator)
-    g = g.clamp(min=torch.finfo(g.dtype).tiny)  # all of a draw may underflow where it is small
-    return (g / g.sum(-1, keepdim=True)).to(dtype)
+    shape = torch.full((draws, anchors), concentration + 1.0, device=device, dtype=torch.float64)
+    # In logarithms, since a gamma variable of small shape underflows: g(a) = g(a + 1) * U^(1 / a).
+    log_u = -torch.empty_like(shape).exponential_(generator=generator)
+    log_g = torch._standard_gamma(shape, generator=generator).log() + log_u / concentration
+    return log_g.softmax(-1).to(dtype)
 
 
 def filter_normalised(direction: Tensor, weights: Tensor, layout: FlatLayout) -> Tensor:
