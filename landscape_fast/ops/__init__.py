@@ -44,6 +44,7 @@ from landscape_fast.ops.pairwise_divergence import (
 )
 from landscape_fast.ops.perturb import perturb, perturb_reference
 from landscape_fast.ops.subspace_conv2d import subspace_conv2d, subspace_conv2d_reference
+from landscape_fast.ops.subspace_linear import subspace_linear, subspace_linear_reference
 
 __all__ = [
     "AdamRule",
@@ -77,4 +78,6 @@ __all__ = [
     "perturb_reference",
     "subspace_conv2d",
     "subspace_conv2d_reference",
+    "subspace_linear",
+    "subspace_linear_reference",
 ]

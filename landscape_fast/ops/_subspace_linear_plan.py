@@ -1,14 +1,14 @@
 """Which way a member product goes: y, dx and dweight each have one.
 
-Of the library (`_subspace_linear_ways`): "bmm", "few", "outer", "wide". Of the Triton kernels, which
-run all members in one launch: "fused", and for y and dx "mixed", which forms the weights of a
+Of the library (`_subspace_linear_ways`): "bmm", "few", "outer", "wide". Of the Triton kernels,
+which run all members in one launch: "fused", and for y and dx "mixed", which forms the weights of a
 member inside the kernel.
 """
 
 from typing import NamedTuple
 
-# Outputs below which the transposed product is quicker on a CPU: at (M, B, I, O) = (10, 128, 64, 10)
-# it takes 41 us for 78, at (3, 1024, 64, 10) 96 for 182, but at (10, 32, 128, 16) 28 for 22 and at
+# Outputs below which the transposed product is quicker on a CPU: for (M, B, I, O) =
+# (10, 128, 64, 10) it takes 41 us for 78, at (3, 1024, 64, 10) 96 for 182, but at (10, 32, 128, 16) 28 for 22 and at
 # (4, 64, 64, 32) 22 for 16 (one thread of an AMD EPYC with AVX-512, torch 2.13, MKL).
 FEW_OUTPUTS = 16
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from landscape_fast.ops import _subspace_linear_ways as ways
 from landscape_fast.ops._dispatch import (
-    KERNEL_DTYPES,
     autocast_input,
     declare,
     pick,
@@ -35,7 +34,9 @@ def subspace_linear(
 ) -> Tensor:
     r"""M linear layers whose weights are points of a subspace, in one pass.
 
-    .. math:: W_m = \sum_k c_{mk} A_k, \quad y_{mbo} = \sum_i W_{moi}\, x_{mbi} + \sum_k c_{mk} b_{ko}
+    .. math::
+        W_m = \sum_k c_{mk} A_k, \quad
+        y_{mbo} = \sum_i W_{moi}\, x_{mbi} + \sum_k c_{mk} b_{ko}
 
     Args:
         x: [M, B, I], any strides; or [B, I], read by all members without a copy. In layout
@@ -55,15 +56,15 @@ def subspace_linear(
 
     Raises:
         TypeError: if an argument is not a tensor.
-        ValueError: if shapes, dtypes, devices, strides or the layout disagree, or the backend cannot
-            run here. Anchors are never copied to make up for a stride.
+        ValueError: if shapes, dtypes, devices, strides or the layout disagree, or the backend
+            cannot run here. Anchors are never copied to make up for a stride.
 
     Cost: 2 * M * B * I * O flops, and twice as many for the gradients, beside those of `combine`.
         One member with a weight of its own costs what `F.linear` costs. The backward keeps `x` and
         the mixed weights. Gradients are deterministic, and differentiable to any order.
 
-    Source: the lines and simplexes of Wortsman et al. 2021 (arXiv:2102.10472), the curves of Garipov
-        et al. 2018 (arXiv:1802.10026); with coeffs None, a deep ensemble.
+    Source: the lines and simplexes of Wortsman et al. 2021 (arXiv:2102.10472), the curves of
+        Garipov et al. 2018 (arXiv:1802.10026); with coeffs None, a deep ensemble.
 
     Example:
         >>> import torch
