@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import ARCHS, Config, arch, on_device
-from ._table import COLUMNS, NARROW, Row, full_unit, row_of_tile, table
+from ._table import COLUMNS, NARROW, full_unit, row_of_tile, table
 from .combine import launch, seen
 
 # (arch, BLOCK_S) -> Config, for up to BLOCK_S anchors. Origin: registers of the compiled code and

@@ -1,5 +1,6 @@
 """How ensembles are trained, on one resumable loop, and which of their members are worth it."""
 
+from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorAdamW, AnchorSGD
 from landscape_fast.methods.averaging import TrainedSwag, train_swa, train_swag
 from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
@@ -32,6 +33,9 @@ from landscape_fast.methods.swag import Swag
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 
 __all__ = [
+    "AnchorAdam",
+    "AnchorAdamW",
+    "AnchorSGD",
     "Choice",
     "DeepEnsemble",
     "HyperBatchEnsemble",

@@ -1,7 +1,5 @@
 """anchor_step as a registered op: the compiled kernel on the CPU, the Triton kernel on CUDA."""
 
-import math
-
 import torch
 from torch import Tensor
 

@@ -168,7 +168,7 @@ def _apply(rule: Rule, state: AnchorState, anchors: Tensor, a: Tensor, d: Tensor
     if isinstance(rule, SGDRule):
         d = d + rule.weight_decay * a
         if rule.momentum:
-            share = torch.where(state.step == 0, 1.0, 1.0 - rule.dampening).to(d)
+            share = 1 - rule.dampening * (state.step > 0).to(d)
             kept = rule.momentum * state.first.to(d) + share * d
             state.first.copy_(kept)
             d = d + rule.momentum * kept if rule.nesterov else kept
