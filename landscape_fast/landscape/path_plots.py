@@ -195,12 +195,14 @@ def cycle_panels(
     for at in collected:
         rate.axvline(at, color="#BBBBBB", lw=0.7, zorder=1)
     rate.set_ylabel("learning rate")
-    errors.plot(collected, error, _MARKERS[0], color=_COLOURS[0], label="collected network")
+    style = {"color": _COLOURS[0], "markersize": 9, "markerfacecolor": "none"}  # seen around others
+    errors.plot(collected, error, _MARKERS[0], label="collected network", **style)
     errors.plot(collected, ensemble, f"{_MARKERS[1]}-", color=_COLOURS[1], label="ensemble so far")
     errors.set_ylabel("test error (%)")
     errors.legend(loc="upper right", fontsize=9)
     distances.plot(collected[1:], apart, f"{_MARKERS[2]}-", color=_COLOURS[2])
-    distances.set(ylabel="distance from\nthe one before", xlabel="epoch", ylim=(0, None))
+    top = 1.15 * float(apart.max()) if len(apart) and apart.max() > 0 else 1.0
+    distances.set(ylabel="distance from\nthe one before", xlabel="epoch", ylim=(0, top))
     for axis in (rate, errors, distances):
         axis.grid(True, axis="y")
     if title:
