@@ -4,6 +4,7 @@ from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorAdamW, AnchorS
 from landscape_fast.methods.averaging import TrainedSwag, train_swa, train_swag
 from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
+from landscape_fast.methods.curves import TrainedCurve, straight_line, train_curve
 from landscape_fast.methods.cyclic import (
     fge_learning_rate,
     train_csgmcmc,
@@ -46,6 +47,7 @@ __all__ = [
     "Swag",
     "TrainConfig",
     "Trained",
+    "TrainedCurve",
     "TrainedSwag",
     "TrainingInterrupted",
     "Tuning",
@@ -62,8 +64,10 @@ __all__ = [
     "predict",
     "select_members",
     "single_recipe",
+    "straight_line",
     "train_batch_ensemble",
     "train_csgmcmc",
+    "train_curve",
     "train_deep_ensemble",
     "train_fge",
     "train_hyper_batch",
