@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from landscape_fast.nn.members import MemberLinear
@@ -57,3 +58,11 @@ def through(layer: nn.Module, x: Tensor, members: int) -> tuple[Tensor, int]:
         return layer(x), members
     y = layer(x.unflatten(0, (members, x.shape[0] // members)) if members else x)
     return y.flatten(0, 1), y.shape[0]
+
+
+def halved(x: Tensor) -> Tensor:
+    """Max pooling 2x2 on [..., C, H, W]; an odd last row or column is pooled alone ("same")."""
+    if x.ndim == 4:
+        return F.max_pool2d(x, 2, ceil_mode=True)
+    y = F.max_pool2d(x.flatten(0, 1), 2, ceil_mode=True)
+    return y.unflatten(0, x.shape[:2])

@@ -16,14 +16,17 @@ from landscape_fast.nn.init import he_
 from landscape_fast.ops._checks import require
 
 ORDERS = ("post", "pre")
-SHORTCUTS = ("pad", "conv", "conv_norm")
+SHORTCUTS = ("pad", "conv", "conv_norm", "conv_input")
+BLOCKS = ("basic", "bottleneck")
+EXPANSION = 4  # channels of a bottleneck's output, times those of its 3x3 convolution
 
 
 class ResNet(Network):
-    """Stem, three stages of blocks with two 3x3 convolutions each, mean over the image, head.
+    """Stem, three stages of blocks, mean over the image, head.
 
     The stages have 16, 32 and 64 channels times `width`; the second and the third halve the image.
-    Depth, as papers count it: 6 * blocks + 2; wide networks count 6 * blocks + 4.
+    Depth, as papers count it: 6 * blocks + 2 (9 * blocks + 2 with bottlenecks); wide networks count
+    6 * blocks + 4.
 
     Args:
         image: shape (C, H, W) of one image.
@@ -36,10 +39,14 @@ class ResNet(Network):
         shortcut: where a block changes the shape. "pad": every second pixel, and zeros for the new
             channels (He et al. 2015, option A); "conv": a 1x1 convolution; "conv_norm": and a norm.
             With order "pre" the convolution reads what the first ReLU returns, as in Zagoruyko's
-            code. It comes from the factory as all others do.
+            code; "conv_input" is "conv" but reads what enters the block, as in Garipov's. It comes
+            from the factory as all others do.
         conv_bias: what the convolutions get as `bias`: False, True, or "shared" for layers with
             members.
-        dropout: probability of zeroing an activation between the two convolutions of a block.
+        dropout: probability of zeroing an activation before the last convolution of a block.
+        block: "basic": two 3x3 convolutions; "bottleneck": 1x1, 3x3 and 1x1, the last to four times
+            the channels (He et al. 2015).
+        head_bias: False leaves the bias of the head out.
         conv: makes the convolutions, `linear` the head, `norm` the norms. For norms with members
             pass a factory of `nn.EnsembleBatchNorm2d`; by default members share them.
         generator: draws the initial values: He normal for weights, 0 for biases.
@@ -75,6 +82,8 @@ class ResNet(Network):
         shortcut: str = "conv_norm",
         conv_bias: bool | str = False,
         dropout: float = 0.0,
+        block: str = "basic",
+        head_bias: bool = True,
         *,
         conv: Factory = nn.Conv2d,
         linear: Factory = nn.Linear,
@@ -90,7 +99,8 @@ class ResNet(Network):
         check_count(op, "width", width)
         require(order in ORDERS, op, "order", f"one of {ORDERS}", repr(order))
         require(shortcut in SHORTCUTS, op, "shortcut", f"one of {SHORTCUTS}", repr(shortcut))
-        self.order = order
+        require(block in BLOCKS, op, "block", f"one of {BLOCKS}", repr(block))
+        self.order, bottleneck = order, block == "bottleneck"
         factory = {"device": device, "dtype": dtype}
 
         def make_conv(inputs, outputs, kernel_size, stride=1):
@@ -105,14 +115,15 @@ class ResNet(Network):
         channels = 16
         self.blocks = nn.ModuleList()
         for stage in range(3):
-            for block in range(blocks):
-                outputs, stride = 16 * width * 2**stage, 2 if stage and not block else 1
-                sizes = (channels, outputs, stride)
+            for place in range(blocks):
+                inner, stride = 16 * width * 2**stage, 2 if stage and not place else 1
+                outputs = EXPANSION * inner if bottleneck else inner
+                sizes = (channels, inner, outputs, stride)
                 self.blocks.append(_Block(sizes, order, shortcut, dropout, make_conv, make_norm))
                 channels = outputs
         # after the stem, or before the head
         self.norm = make_norm(16 if order == "post" else channels)
-        self.head = linear(channels, classes, **factory)
+        self.head = linear(channels, classes, **({} if head_bias else {"bias": False}), **factory)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
@@ -139,16 +150,24 @@ class ResNet(Network):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut; maps folded rows, and how many members they have."""
+    """Convolutions around a shortcut; maps folded rows, and how many members they have.
+
+    Two of 3x3 or, where the channels inside are not those of the output, 1x1, 3x3 and 1x1.
+    """
 
     def __init__(self, sizes, order, shortcut, dropout, make_conv, make_norm):
         super().__init__()
-        inputs, outputs, stride = sizes
+        inputs, inner, outputs, stride = sizes
+        pre, bottleneck = order == "pre", inner != outputs
         self.order, self.stride, self.added = order, stride, outputs - inputs
-        self.conv1 = make_conv(inputs, outputs, 3, stride)
-        self.norm1 = make_norm(inputs if order == "pre" else outputs)
-        self.conv2 = make_conv(outputs, outputs, 3)
-        self.norm2 = make_norm(outputs)
+        self.before_norm = shortcut == "conv_input"
+        shapes = [(inputs, inner, 3, stride), (inner, outputs, 3)]
+        if bottleneck:
+            shapes = [(inputs, inner, 1), (inner, inner, 3, stride), (inner, outputs, 1)]
+        for i, shape in enumerate(shapes, 1):
+            self.add_module(f"conv{i}", make_conv(*shape))
+            self.add_module(f"norm{i}", make_norm(shape[0] if pre else shape[1]))
+        self.depth = len(shapes)
         self.dropout = nn.Dropout(dropout)
         changes = inputs != outputs or stride != 1
         projects = changes and shortcut != "pad"
@@ -157,26 +176,26 @@ class _Block(nn.Module):
         self.shortcut_norm = make_norm(outputs) if normalised else None
 
     def forward(self, x: Tensor, members: int) -> tuple[Tensor, int]:
-        kept, before = x, members
-        if self.order == "pre":
-            x, members = through(self.norm1, x, members)
-            x = x.relu()
-            if self.shortcut is not None:
+        kept, before, pre = x, members, self.order == "pre"
+        for i in range(1, self.depth + 1):
+            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"norm{i}")
+            if pre:
+                x, members = through(norm, x, members)
+            if pre or i > 1:
+                x = x.relu()
+            if i == 1 and pre and self.shortcut is not None and not self.before_norm:
                 kept, before = x, members
-            x, members = through(self.conv1, x, members)
-            x, members = through(self.norm2, x, members)
-            x, members = through(self.conv2, self.dropout(x.relu()), members)
-        else:
-            x, members = through(self.conv1, x, members)
-            x, members = through(self.norm1, x, members)
-            x, members = through(self.conv2, self.dropout(x.relu()), members)
-            x, members = through(self.norm2, x, members)
+            if i == self.depth:
+                x = self.dropout(x)
+            x, members = through(conv, x, members)
+            if not pre:
+                x, members = through(norm, x, members)
         kept, before = self._shorten(kept, before)
         if before != members:  # the first layer with members is in one of the two branches
             x = x if members else tile_members(x, before)
             kept = kept if before else tile_members(kept, members)
         x = x + kept
-        return (x if self.order == "pre" else x.relu()), max(members, before)
+        return (x if pre else x.relu()), max(members, before)
 
     def _shorten(self, x: Tensor, members: int) -> tuple[Tensor, int]:
         if self.shortcut is not None:
@@ -198,6 +217,51 @@ def resnet20(image: tuple[int, int, int] = (3, 32, 32), classes: int = 10, **opt
         272474
     """
     return ResNet(image, classes, blocks=3, **{"order": "post", "shortcut": "conv_norm", **options})
+
+
+def cresnet20(image: tuple[int, int, int] = (3, 32, 32), classes: int = 10, **options) -> ResNet:
+    """The ResNet-20 of Wortsman et al. 2021: `resnet20` with a head without bias.
+
+    272,464 parameters for CIFAR-10, in 64 tensors; 270,896 of them are weights of convolutions or
+    of the head, a 1x1 convolution in their code. `options` are those of `ResNet`.
+
+    Example:
+        >>> sum(p.numel() for p in cresnet20().parameters() if p.ndim > 1)
+        270896
+    """
+    return resnet20(image, classes, **{"head_bias": False, **options})
+
+
+def preresnet(
+    depth: int = 164, image: tuple[int, int, int] = (3, 32, 32), classes: int = 10, **options
+) -> ResNet:
+    """A PreResNet as in Garipov et al. 2018: norm and ReLU before each convolution.
+
+    Args:
+        depth: 6 * n + 2 below 44, with basic blocks: 20 has 272,282 parameters for CIFAR-10. From
+            44 on 9 * n + 2, with bottlenecks: 110 has 1,146,842 and 164 has 1,703,258.
+        image: shape (C, H, W) of one image.
+        classes: number of classes.
+        options: those of `ResNet`.
+
+    The first block of a stage has a 1x1 convolution of what enters it as its shortcut; there is no
+    bias but that of the head.
+
+    Example:
+        >>> sum(p.numel() for p in preresnet(20).parameters())
+        272282
+    """
+    bottleneck = isinstance(depth, int) and depth >= 44
+    per_block = 9 if bottleneck else 6
+    fits = isinstance(depth, int) and depth > 2 and (depth - 2) % per_block == 0
+    require(fits, "preresnet", "depth", "6 n + 2 below 44, or 9 n + 2 from there on", depth)
+    fixed = {
+        "blocks": (depth - 2) // per_block,
+        "block": "bottleneck" if bottleneck else "basic",
+        "order": "pre",
+        "shortcut": "conv_input",
+    }
+    return ResNet(image, classes, **{**fixed, **options})
 
 
 def wrn_28_10(image: tuple[int, int, int] = (3, 32, 32), classes: int = 10, **options) -> ResNet:

@@ -12,10 +12,9 @@ dimensions and keeps those in front.
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from landscape_fast.models._network import Factory, Network
+from landscape_fast.models._network import Factory, Network, halved
 from landscape_fast.nn.init import default_, xavier_
 from landscape_fast.ops._checks import require
 
@@ -112,7 +111,7 @@ class _ConvNet(Network):
         self._check(x)
         for i, conv in enumerate(self.convs):
             x = conv(x) if i == 0 else conv(x.relu())
-            x = _halve(self.dropout(x))
+            x = halved(self.dropout(x))
         return self.head(x.mean((-2, -1)) if self.pool else x.flatten(-3))
 
 
@@ -260,16 +259,8 @@ class LeNet(Network):
         """[B, C, H, W] -> [B, classes], or [M, B, classes] with layers that have members."""
         self._check(x)
         for conv in self.convs:
-            x = _halve(conv(x).relu())
+            x = halved(conv(x).relu())
         x = self.layers[0](x.flatten(-3))
         for layer in self.layers[1:]:
             x = layer(self.dropout(x.relu()))
         return x
-
-
-def _halve(x: Tensor) -> Tensor:
-    """Max pooling 2x2 on [..., C, H, W]; an odd last row or column is pooled alone ("same")."""
-    if x.ndim == 4:
-        return F.max_pool2d(x, 2, ceil_mode=True)
-    y = F.max_pool2d(x.flatten(0, 1), 2, ceil_mode=True)
-    return y.unflatten(0, x.shape[:2])

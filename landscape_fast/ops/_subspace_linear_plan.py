@@ -8,8 +8,9 @@ member inside the kernel.
 from typing import NamedTuple
 
 # Outputs below which the transposed product is quicker on a CPU: for (M, B, I, O) =
-# (10, 128, 64, 10) it takes 41 us for 78, at (3, 1024, 64, 10) 96 for 182, but at (10, 32, 128, 16) 28 for 22 and at
-# (4, 64, 64, 32) 22 for 16 (one thread of an AMD EPYC with AVX-512, torch 2.13, MKL).
+# (10, 128, 64, 10) it takes 41 us for 78, at (3, 1024, 64, 10) 96 for 182, but at
+# (10, 32, 128, 16) 28 for 22 and at (4, 64, 64, 32) 22 for 16 (one thread of an AMD EPYC with
+# AVX-512, torch 2.13, MKL).
 FEW_OUTPUTS = 16
 
 

@@ -43,7 +43,12 @@ _KINDS = {
     "lenet": models.LeNet,
     "small_cnn": models.SmallCNN,
     "medium_cnn": models.MediumCNN,
+    "vgg16": models.vgg16,
     "resnet20": models.resnet20,
+    "cresnet20": models.cresnet20,
+    "preresnet20": partial(models.preresnet, 20),
+    "preresnet110": partial(models.preresnet, 110),
+    "preresnet164": partial(models.preresnet, 164),
     "wrn_28_10": models.wrn_28_10,
 }
 
@@ -55,7 +60,8 @@ class Problem:
     Attributes:
         data: "digits" (part of scikit-learn), "cifar10" or "mnist" (files in `root`).
         root: folder of the files; unused for digits.
-        model: "mlp", "lenet", "small_cnn", "medium_cnn", "resnet20" or "wrn_28_10".
+        model: "mlp", "lenet", "small_cnn", "medium_cnn", "vgg16", "resnet20", "cresnet20",
+            "preresnet20", "preresnet110", "preresnet164" or "wrn_28_10".
         members: M of both ensembles.
         fast_init: initial values of the factors r and s: "random_sign", "normal" or "ones".
         pixels: "standardized" (mean 0, deviation 1 per channel), "unit" or "raw".

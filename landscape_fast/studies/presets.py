@@ -2,8 +2,15 @@
 
 METHODS = ("single", "deep", "batch")
 DATA = ("digits", "cifar10", "mnist")
-MODELS = ("mlp", "lenet", "small_cnn", "medium_cnn", "resnet20", "wrn_28_10")
-NORMED = ("resnet20", "wrn_28_10")  # models with norms, which members can share or not
+NORMED = (  # models with norms, which members can share or not
+    "resnet20",
+    "cresnet20",
+    "preresnet20",
+    "preresnet110",
+    "preresnet164",
+    "wrn_28_10",
+)
+MODELS = ("mlp", "lenet", "small_cnn", "medium_cnn", "vgg16", *NORMED)
 NORMS = ("shared", "member")
 PIXELS = ("standardized", "unit", "raw")
 FAST_INITS = ("random_sign", "normal", "ones")
@@ -46,7 +53,15 @@ TRAINING = {
     "mnist": {**_FORT, "epochs": 12, "step_epochs": 3},
 }
 # Test rows per forward pass: one activation of a BatchEnsemble of 4 then takes at most 270 MB.
-EVALUATION_ROWS = {"resnet20": 500, "wrn_28_10": 100}
+EVALUATION_ROWS = {
+    "resnet20": 500,
+    "cresnet20": 500,
+    "preresnet20": 500,
+    "preresnet110": 250,
+    "preresnet164": 250,
+    "wrn_28_10": 100,
+    "vgg16": 250,
+}
 MLP = {
     "digits": {"hidden": (128, 128), "dropout": 0.0},
     "cifar10": {"hidden": (512, 512), "dropout": 0.2},

@@ -34,6 +34,7 @@ VARIANTS = {
     "wide": {"order": "pre", "shortcut": "conv"},
     "wide_norm": {"order": "pre", "shortcut": "conv_norm", "conv_bias": True},
     "wide_pad": {"order": "pre", "shortcut": "pad"},
+    "preresnet": {"order": "pre", "shortcut": "conv_input"},
 }
 
 
@@ -119,7 +120,7 @@ def written_out(net, x, variant):
             y[:, : x.shape[1]] += x[:, :, ::2, ::2]
             assert y.shape[1] == channels == 2 * x.shape[1]
         else:
-            shorter = conv(block.shortcut, active, stride)
+            shorter = conv(block.shortcut, x if kind == "conv_input" else active, stride)
             y = y + (norm(block.shortcut_norm, shorter) if kind == "conv_norm" else shorter)
         x = y if pre else y.clamp_min(0)
     x = norm(net.norm, x).clamp_min(0) if pre else x

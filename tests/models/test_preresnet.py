@@ -1,0 +1,159 @@
+"""The residual networks of Wortsman et al. and Garipov et al.: their sizes, and bottlenecks."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from landscape_fast.models import ResNet, cresnet20, preresnet, resnet20
+from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, ensemble_layers
+from landscape_fast.testing import check_layer
+
+M, B = 3, 4
+IMAGE = (2, 8, 8)
+ORDERS = {
+    "pre": {"order": "pre", "shortcut": "conv_input"},
+    "post": {"order": "post", "shortcut": "conv_norm"},
+}
+
+
+def small(order, blocks=2, **options):
+    options = {"block": "bottleneck", "blocks": blocks, **ORDERS[order], **options}
+    return ResNet(IMAGE, 5, width=1, **options)
+
+
+def with_statistics(net):
+    """`net` in evaluation mode, with norms that do something."""
+    torch.manual_seed(0)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for values in (layer.weight.data, layer.running_var):
+                values.copy_(1 + 0.5 * torch.rand(values.shape))
+            for values in (layer.bias.data, layer.running_mean):
+                values.copy_(0.3 * torch.randn(values.shape))
+    return net.eval()
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def bottleneck(inputs, inner):
+    """Parameters of a block with its norms, one per channel that a convolution reads."""
+    return inputs * inner + 9 * inner**2 + 4 * inner**2 + 2 * (inputs + inner + inner)
+
+
+def test_published_sizes():
+    """[W] has 64 tensors; [G]'s networks of 9 n + 2 layers are written out as sums here."""
+    net = cresnet20()
+    assert count(net) == 272_464 and len(list(net.parameters())) == 64
+    assert sum(p.numel() for p in net.parameters() if p.ndim > 1) == 270_896
+    assert count(resnet20()) - count(net) == 10 and net.head.bias is None
+    assert count(cresnet20(classes=100)) == 272_464 + 64 * 90
+    assert count(preresnet(20)) == 272_282
+    for depth, published in ((110, 1_146_842), (164, 1_703_258)):
+        blocks, total, channels = (depth - 2) // 9, 3 * 16 * 9, 16
+        for inner in (16, 32, 64):
+            total += channels * 4 * inner + bottleneck(channels, inner)  # with its shortcut
+            channels = 4 * inner
+            total += (blocks - 1) * bottleneck(channels, inner)
+        total += 2 * 256 + 256 * 10 + 10
+        assert count(preresnet(depth, device="meta")) == total == published
+    layers = [m for m in preresnet(164, device="meta").modules() if isinstance(m, nn.Conv2d)]
+    assert len(layers) == 164 - 1 + 3  # all but the head, and three shortcuts
+
+
+def conv(layer, x, stride=1):
+    return F.conv2d(x, layer.weight, None, stride, layer.weight.shape[-1] // 2)
+
+
+def norm(layer, x):
+    mean, scale = layer.running_mean, (layer.running_var + 1e-5).rsqrt() * layer.weight
+    return (x - mean[:, None, None]) * scale[:, None, None] + layer.bias[:, None, None]
+
+
+def written_out(net, x, pre):
+    """[G]'s order for "pre"; He et al.'s bottleneck for "post"."""
+    x = conv(net.stem, x)
+    x = x if pre else norm(net.norm, x).relu()
+    for i, block in enumerate(net.blocks):
+        stride, y = 2 if i in (2, 4) else 1, x
+        layers = (
+            (block.conv1, block.norm1),
+            (block.conv2, block.norm2),
+            (block.conv3, block.norm3),
+        )
+        for j, (layer, its_norm) in enumerate(layers):
+            own = stride if j == 1 else 1  # the 3x3 convolution halves the image
+            if pre:
+                y = conv(layer, norm(its_norm, y).relu(), own)
+            else:
+                y = norm(its_norm, conv(layer, y, own))
+                y = y.relu() if j < 2 else y
+        if block.shortcut is not None:
+            x = conv(block.shortcut, x, stride)
+            x = x if pre else norm(block.shortcut_norm, x)
+        x = x + y if pre else (x + y).relu()
+    x = norm(net.norm, x).relu() if pre else x
+    return F.linear(x.mean((2, 3)), net.head.weight, net.head.bias)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_bottlenecks_are_their_definition(order):
+    net = with_statistics(small(order, dtype=torch.float64))
+    assert [b.shortcut is not None for b in net.blocks] == [True, False] * 3
+    x = torch.randn(B, *IMAGE, dtype=torch.float64)
+    torch.testing.assert_close(net(x), written_out(net, x, order == "pre"))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_member_is_a_plain_network(order):
+    factories = {
+        "conv": partial(BatchEnsembleConv2d, members=M, r_init="normal", s_init="normal"),
+        "linear": partial(BatchEnsembleLinear, members=M, r_init="normal", s_init="normal"),
+    }
+    net = with_statistics(small(order, **factories, dtype=torch.float64, head_bias=False))
+    x = torch.randn(B, *IMAGE, dtype=torch.float64)
+    y = net(x)
+    for m in range(M):
+        plain = with_statistics(small(order, dtype=torch.float64, head_bias=False))
+        for name, layer in ensemble_layers(net).items():
+            plain.set_submodule(name, layer.member(m))
+        torch.testing.assert_close(y[m], plain(x))
+
+
+def test_dropout_is_before_the_last_convolution():
+    net = small("pre", dropout=0.5)
+    seen = []
+    net.blocks[0].conv3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net.blocks[0].conv2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(torch.randn(8, *IMAGE))
+    before_conv2, before_conv3 = ((t == 0).float().mean() for t in seen)
+    assert before_conv2 < 0.6 < before_conv3 < 0.9  # ReLU alone, and with dropout
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_contract(order, device):
+    torch.manual_seed(1)
+    net = with_statistics(small(order, blocks=1))
+    check_layer(net.to(device), torch.randn(B, *IMAGE, device=device))
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: ResNet(block="wide"), r"ResNet: block must be one of \('basic', .*; got 'wide'"),
+        (
+            lambda: preresnet(21),
+            "preresnet: depth must be 6 n \\+ 2 below 44, or 9 n \\+ 2 .*; got 21",
+        ),
+        (lambda: preresnet(44 + 9 + 1), "preresnet: depth must be .*; got 54"),
+        (lambda: preresnet(2), "preresnet: depth must be .*; got 2"),
+        (lambda: preresnet(20.0), "preresnet: depth must be .*; got 20.0"),
+    ],
+)
+def test_errors(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
