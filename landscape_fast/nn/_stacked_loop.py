@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class MemberStreams:
@@ -85,13 +86,15 @@ class MemberLoop:
         slots, views = [], {}
         for plain, holder in self.pairs:
             plain.training = holder.training
+            if isinstance(plain, _BatchNorm):
+                plain.momentum = holder.momentum
             for kind in ("_parameters", "_buffers"):
                 for key, empty in getattr(plain, kind).items():
                     if empty is None:
                         continue
                     full = getattr(holder, kind)[key]
                     if id(full) not in views:  # tied tensors stay one
-                        views[id(full)] = _members(full)
+                        views[id(full)] = full.unbind(0)  # whose backward stacks once
                     slots.append((getattr(plain, kind), key, empty, views[id(full)]))
         device = slots[0][3][0].device if slots else _device(calls)
         outputs = []
@@ -103,18 +106,11 @@ class MemberLoop:
                     outputs.append(self.plain(*args, **kwargs))
                 for table, key, _, own in slots:
                     if table[key] is not own[m]:  # a buffer set anew, not changed in place
-                        with torch.no_grad():
-                            own[m].copy_(table[key])
+                        own[m].copy_(table[key].detach())
         finally:
             for table, key, empty, _ in slots:
                 table[key] = empty
         return outputs
-
-
-def _members(full: Tensor) -> Sequence[Tensor]:
-    # One node whose backward stacks once; what needs no gradient may be changed in place, which
-    # views that come from one call may not.
-    return full.unbind(0) if full.requires_grad else [full[m] for m in range(full.shape[0])]
 
 
 def _device(calls: Sequence[tuple[tuple, dict]]) -> torch.device:
@@ -138,19 +134,26 @@ def adopt(module: nn.Module, plain: nn.Module, table: dict[int, Tensor]) -> None
         module.register_buffer(key, full, persistent)
 
 
-class _Holder(nn.Module):
-    """The tensors of one module of which only a loop knows what it computes."""
+class Holder(nn.Module):
+    """The tensors of one module of which only a loop knows what it computes; it is never called."""
 
     def __init__(self, plain: nn.Module, table: dict[int, Tensor], made: dict[int, nn.Module]):
-        super().__init__()
+        nn.Module.__init__(self)
         made[id(plain)] = self
         adopt(self, plain, table)
         for name, child in plain._modules.items():
             known = None if child is None else made.get(id(child))
-            self._modules[name] = known or (child and _Holder(child, table, made))
+            if child is not None and known is None:
+                cls = _HeldNorm if isinstance(child, _BatchNorm) else Holder
+                known = cls(child, table, made)
+            self._modules[name] = known
 
 
-class LoopedModule(_Holder):
+class _HeldNorm(Holder, _BatchNorm):
+    """A batch norm to those who look for one."""
+
+
+class LoopedModule(Holder):
     """M plain modules of any kind on folded rows [M*B, ...], one after another.
 
     Arguments whose first dimension is that of the first tensor are split among the members; all
@@ -194,6 +197,10 @@ class LoopedModule(_Holder):
 
     def extra_repr(self) -> str:
         return f"{self.members} x {type(self.loop.plain).__name__}, one after another"
+
+
+class LoopedNorm(LoopedModule, _BatchNorm):
+    """A batch norm to those who look for one, with the statistics of all members."""
 
 
 def spread(nest: Any, split: Callable[[Tensor], Sequence[Tensor]], members: int) -> list:

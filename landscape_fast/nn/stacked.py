@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from landscape_fast.nn import statistics
+from landscape_fast.nn._stacked_build import assemble, guard_of, stack, take_guard
 from landscape_fast.nn._stacked_loop import (
+    Holder,
     LoopedModule,
     MemberLoop,
     MemberStreams,
@@ -18,11 +21,16 @@ from landscape_fast.nn._stacked_loop import (
     spread,
 )
 from landscape_fast.nn.functional import check_count, split_members
-from landscape_fast.nn.stacked_layers import StackedConv, StackedDropout, stand_in
+from landscape_fast.nn.stacked_layers import StackedConv, StackedDropout
 from landscape_fast.ops._checks import message, require, whole
 from landscape_fast.ops._dispatch import transforming
 
 HOWS = ("auto", "batched", "loop")
+# On a CPU a loop over the members is as fast or faster for more rows than this per member: ratios
+# of batched over separate networks, two threads of an EPYC, torch 2.13, MLPs of two layers of 128
+# to 512 units, 4 to 32 members: training 0.13-0.7 at 32 rows, 0.3-0.9 at 128, 0.6-1.2 at 512;
+# without gradients 0.2-0.8, 0.4-0.95, 0.9-1.5.
+MOST_ROWS, MOST_ROWS_NO_GRAD = 512, 256
 PROBE_ROWS = 4  # per member; a batch norm in training needs more than one
 
 
@@ -73,15 +81,11 @@ class StackedEnsemble(nn.Module):
         require(how in HOWS, op, "how", f"one of {HOWS}", repr(how))
         self.members, self.how = len(networks), how
         self.streams = MemberStreams()
-        plain, table = _stack(networks)
-        made: dict[int, nn.Module] = {}
-        _replace(plain, self.members, table, made, self.streams)
-        for module in plain.modules():
-            if isinstance(module, nn.TransformerEncoder) and id(module) not in made:
-                module.use_nested_tensor = False  # reads the weights of its layers
-        for tensor in _tensors(plain).values():
-            made[id(tensor)] = table[id(tensor)]
-        self.model = copy.deepcopy(plain, made)
+        plain, table = stack(networks)
+        guard = take_guard(plain, networks)
+        self.model = assemble(plain, self.members, table, self.streams)
+        if guard is not None:
+            statistics.statistics_mode_(self.model, guard.mode).stale = guard.stale
         self._loop = MemberLoop(plain, self.model)
         convolves = any(isinstance(m, StackedConv) for m in self.model.modules())
         self._slow_on_cpu = convolves or bool(self.looped)
@@ -126,11 +130,11 @@ class StackedEnsemble(nn.Module):
 
     def runs(self, x: Any, *, own: bool = False) -> str:
         """ "batched" or "loop": what a call with this x does in the present mode and device."""
-        if self.how == "loop" or (self.how == "auto" and self.members == 1):
+        hooked = self._hooked()
+        alone = self.how == "loop" or (self.how == "auto" and self.members == 1)
+        if hooked is None and (alone or (self.how == "auto" and self._loop_is_faster(x, own))):
             return "loop"
         device = next((t.device.type for t in _leaves(x)), "cpu")
-        if self.how == "auto" and device == "cpu" and self._slow_on_cpu:
-            return "loop"
         blind = torch.compiler.is_compiling() or transforming() or device == "meta"
         if self.training not in self._tried and not blind:
             self._tried[self.training] = why = self._try(x, own)
@@ -141,7 +145,32 @@ class StackedEnsemble(nn.Module):
             if why:
                 text = message("StackedEnsemble", "networks", rule, why, "they run in a loop")
                 warnings.warn(text, stacklevel=4)
-        return "loop" if self._tried.get(self.training) else "batched"
+        way = "loop" if self._tried.get(self.training) else "batched"
+        ok = hooked is None or (way == "batched" and self.how != "loop")
+        rule = "without forward hooks, or run batched"
+        require(
+            ok, "StackedEnsemble", f"module {hooked!r}", rule, "how='loop'", "hook the networks"
+        )
+        return way
+
+    def _hooked(self) -> str | None:
+        """Name of a module with forward hooks, such as `recalibrate_` needs: a loop passes by."""
+        for name, module in self.model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                inside = isinstance(module, Holder) and not isinstance(module, LoopedModule)
+                rule = "without forward hooks inside of what runs member by member"
+                require(not inside, "StackedEnsemble", f"module {name!r}", rule, "hooks")
+                return name
+        return None
+
+    def _loop_is_faster(self, x: Any, own: bool) -> bool:
+        """Measured; see the constants."""
+        first = next(iter(_leaves(x)), None)
+        if first is None or first.device.type != "cpu":
+            return False
+        rows = first.shape[1] if own else first.shape[0]
+        most = MOST_ROWS if torch.is_grad_enabled() else MOST_ROWS_NO_GRAD
+        return self._slow_on_cpu or rows > most
 
     def _batched(self, x: Any, own: bool) -> Any:
         def fold(t: Tensor) -> list[Tensor]:
@@ -172,6 +201,7 @@ class StackedEnsemble(nn.Module):
                 p.copy_(p * (1 + noise / 4))
         _match_modes(pair.model, self.model)
         pair.seed_members_([0, 1])
+        statistics.statistics_mode_(pair.model, "shared")
         for module in pair.modules():
             if isinstance(module, StackedDropout):
                 module.eval()
@@ -235,7 +265,11 @@ class StackedEnsemble(nn.Module):
                         own = full.detach()[i].clone()
                         learned = kind == "_parameters"
                         memo[id(empty)] = Parameter(own, full.requires_grad) if learned else own
-        return copy.deepcopy(self._loop.plain, memo)
+        network = copy.deepcopy(self._loop.plain, memo)
+        guard = guard_of([self.model])
+        if guard is not None:
+            statistics.statistics_mode_(network, guard.mode).stale = guard.stale
+        return network
 
     def networks(self) -> list[nn.Module]:
         """All members as plain networks."""
@@ -243,75 +277,6 @@ class StackedEnsemble(nn.Module):
 
     def extra_repr(self) -> str:
         return f"members={self.members}, how={self.how!r}"
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, under each of their names."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    return dict(named + list(model.named_buffers(remove_duplicate=False)))
-
-
-def _stack(networks: list[nn.Module]) -> tuple[nn.Module, dict[int, Tensor]]:
-    """The first network on the meta device, and the stacked tensors by the id of its tensors."""
-    op, first = "StackedEnsemble", networks[0]
-    for i, network in enumerate(networks):
-        if not isinstance(network, nn.Module):
-            argument = f"networks[{i}]"
-            raise TypeError(message(op, argument, "an nn.Module", type(network).__name__))
-    every = [_tensors(network) for network in networks]
-    lazy = [n for n, t in every[0].items() if isinstance(t, nn.parameter.UninitializedTensorMixin)]
-    require(not lazy, op, "networks", "initialised", f"{lazy[:1]} without a shape", "call it once")
-    shown, ties = repr(first), _ties(every[0])
-    for i, (network, named) in enumerate(zip(networks, every, strict=True)):
-        if network is first:
-            continue
-        argument = f"networks[{i}]"
-        rule = "of the class, settings and names of networks[0]"
-        alike = type(network) is type(first) and repr(network) == shown
-        alike = alike and list(named) == list(every[0]) and _ties(named) == ties
-        require(alike, op, argument, rule, type(network).__name__ + " that differs")
-        for name, tensor in named.items():
-            want, got = _kind(every[0][name]), _kind(tensor)
-            rule = f"{want} in {name!r}, as networks[0]"
-            require(want == got, op, argument, rule, got)
-    memo, table = {}, {}
-    for module in first.modules():  # what an older weight_norm leaves behind cannot be copied
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach()
-    for name, tensor in every[0].items():
-        if id(tensor) in memo:
-            continue
-        full = torch.stack([named[name].detach() for named in every])
-        empty = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, Parameter):
-            full = Parameter(full, requires_grad=tensor.requires_grad)
-            empty = Parameter(empty, requires_grad=tensor.requires_grad)
-        memo[id(tensor)], table[id(empty)] = empty, full
-    return copy.deepcopy(first, memo), table
-
-
-def _ties(named: dict[str, Tensor]) -> list[int]:
-    """For each name the place of the first one with the same tensor."""
-    places: dict[int, int] = {}
-    return [places.setdefault(id(t), place) for place, t in enumerate(named.values())]
-
-
-def _kind(t: Tensor) -> str:
-    grad = "" if t.requires_grad or not isinstance(t, Parameter) else ", without gradient"
-    return f"{list(t.shape)} {t.dtype} on {t.device}{grad}"
-
-
-def _replace(plain, members, table, made, streams) -> None:
-    """Enters in `made`, by id, what stands for `plain` or for the modules inside of it."""
-    if id(plain) in made:
-        return
-    layer = stand_in(plain, members, table, made, streams)
-    if layer is not None:
-        made[id(plain)] = layer
-        return
-    for child in plain.children():
-        _replace(child, members, table, made, streams)
 
 
 def _match_modes(to: nn.Module, like: nn.Module) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from landscape_fast.nn import norm as norms
-from landscape_fast.nn._stacked_loop import LoopedModule, MemberStreams, adopt
+from landscape_fast.nn._stacked_loop import LoopedModule, LoopedNorm, MemberStreams, adopt
 from landscape_fast.nn.convert import _HOOKS
 from landscape_fast.nn.dropout import ReLUDropout
 from landscape_fast.nn.functional import split_members
+from landscape_fast.ops.subspace_conv2d import subspace_conv2d
+from landscape_fast.ops.subspace_linear import subspace_linear
 
 
 class StackedLayer(nn.Module):
@@ -55,10 +57,8 @@ class StackedLinear(StackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """[M*B, ..., I] -> [M*B, ..., O]."""
         rows = split_members(x, self.members)
-        flat = rows.flatten(1, -2)
-        weight, bias = self.weight.transpose(1, 2), self.bias
-        y = flat @ weight if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, weight)
-        return y.view(x.shape[0], *x.shape[1:-1], y.shape[-1])
+        y = subspace_linear(rows.flatten(1, -2), self.weight, None, self.bias)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class StackedConv(StackedLayer):
@@ -75,14 +75,16 @@ class StackedConv(StackedLayer):
         padding = self.padding
         if self._pads is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._pads, mode), 0
-        convolve = F.conv1d if self.weight.ndim == 4 else F.conv2d
-        options = (self.stride, padding, self.dilation, self.groups)
-        biases = [None] * self.members if self.bias is None else self.bias.unbind(0)
-        each = zip(
-            split_members(x, self.members).unbind(0), self.weight.unbind(0), biases, strict=True
-        )
-        return torch.cat([convolve(*own, *options) for own in each])
+            x, padding = F.pad(x, self._pads, mode), (0,) * len(self.stride)
+        options = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        weight, row = self.weight, self.weight.ndim == 4
+        if row:  # an image of one row
+            x, weight = x.unsqueeze(-2), weight.unsqueeze(-2)
+            rest = {"stride": 1, "padding": 0, "dilation": 1}
+            options = {name: (rest[name], *value) for name, value in options.items()}
+        options |= {"groups": self.groups, "layout": "folded"}
+        y = subspace_conv2d(x, weight, None, self.bias, **options)
+        return y.squeeze(-2) if row else y
 
 
 class StackedEmbedding(StackedLayer):
@@ -173,10 +175,12 @@ def stand_in(
     batch; those inside of it may need a layer. Arguments as for `LoopedModule`.
     """
     kind = type(plain)
+    batch_norm = isinstance(plain, nn.modules.batchnorm._BatchNorm)
+    looped = LoopedNorm if batch_norm else LoopedModule
     tensors = any(t is not None for t in (*plain._parameters.values(), *plain._buffers.values()))
     hooked = any(getattr(plain, name, None) for name in _HOOKS)
     if hooked or parametrize.is_parametrized(plain) or "forward" in vars(plain):
-        return LoopedModule(plain, members, table, made, streams)
+        return looped(plain, members, table, made, streams)
     if isinstance(plain, _DROPOUTS):
         return StackedDropout(plain, members, table, made, streams)
     if kind in _NORMS and getattr(plain, "momentum", 0.0) is not None:
@@ -186,5 +190,4 @@ def stand_in(
     special = getattr(plain, "max_norm", None) is not None or getattr(plain, "sparse", False)
     if kind in _LAYERS and not special and not getattr(plain, "scale_grad_by_freq", False):
         return _LAYERS[kind](plain, members, table)
-    batch_norm = isinstance(plain, nn.modules.batchnorm._BatchNorm)
-    return LoopedModule(plain, members, table, made, streams) if tensors or batch_norm else None
+    return looped(plain, members, table, made, streams) if tensors or batch_norm else None
