@@ -79,6 +79,7 @@ def parts(device: str, quick: bool, out: Path) -> list[Part]:
         bench("hyper_batch_conv2d", 15),
         bench("pairwise_disagreement", 12),
         bench("gram", 12),
+        bench("perturb", 12),
         Part("sanitizers", [*test, "tests/gpu/test_sanitizer.py", "-k", "not memcheck"], 120),
         Part("large tensors", [*test, "tests/gpu/test_limits.py", "-m", "slow"], 60),
     ]

@@ -117,7 +117,7 @@ struct Perturbation {
 };
 
 constexpr int64_t PERTURB_TILE = 1024;  // elements
-int64_t perturb_tiles(int64_t P);
+static constexpr int64_t perturb_tiles(int64_t P) { return (P + PERTURB_TILE - 1) / PERTURB_TILE; }
 
 // y [M, P] contiguous; all float32 on the CPU, also sigma.
 void perturb(const Perturbation& draw, const float* weights, int64_t weights_stride_m, float* y,

@@ -18,7 +18,7 @@ from ._launch import ARCHS, Config, arch, cdiv, on_device
 SHIPPED = {
     (a, kernel): Config({"BLOCK_P": block}, num_warps=4, num_stages=1)
     for a in ARCHS
-    for kernel, block in (("fwd", 1024), ("bwd", 1024))
+    for kernel, block in (("fwd", 1024), ("bwd", 512))
 }
 MOST_ROWS = 65535  # the limit of a grid's second dimension; programs go on to further members
 

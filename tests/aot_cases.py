@@ -18,7 +18,7 @@ import torch
 from landscape_fast.kernels import batch_ensemble_linear as linear
 from landscape_fast.kernels import batch_ensemble_linear_backward as linear_backward
 from landscape_fast.kernels import batch_ensemble_linear_tiles as linear_tiles
-from landscape_fast.kernels import combine, gram
+from landscape_fast.kernels import combine, gram, perturb
 from landscape_fast.kernels._launch import SHARED_MEMORY
 from landscape_fast.kernels._table import Row
 
@@ -41,6 +41,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from _combine(arch)
     yield from (Case(*case) for case in aot_hyper_batch.cases(arch, TENSOR_CORES))
     yield from _gram(arch)
+    yield from _perturb(arch)
 
 
 def _linear(arch: int) -> Iterator[Case]:
@@ -145,6 +146,24 @@ def _gram_call(config, K, parts, dtype):
     anchors, out = torch.empty(K, P, dtype=dtype), torch.empty(parts, K, K, dtype=torch.float64)
     rows = ((P, 0, P, 0, 0, -1, 0, 0), (P // 2 + 1, 1, P, 0, 0, -1, 0, 1))[:parts]
     return lambda: gram.gram(anchors, out, rows, config)
+
+
+def _perturb(arch: int) -> Iterator[Case]:
+    for (a, kernel), config in perturb.SHIPPED.items():
+        for dtype in (torch.float32, torch.bfloat16) if a == arch else ():
+            for shared in (False, True):
+                name = f"perturb {kernel}{' shared' if shared else ''} {dtype}"
+                yield Case(name, _perturb_call(kernel, config, dtype, shared))
+
+
+def _perturb_call(kernel, config, dtype, shared):
+    M, P = 4, 4096
+    weights = torch.empty(P if shared else (M, P), dtype=dtype).reshape(-1, P)
+    y, sigma, each = torch.empty(M, P, dtype=dtype), torch.empty_like(weights), torch.empty(M)
+    draw = perturb.Draw(sigma, each, each, None, 1.0, 1.0, 3, 0)
+    if kernel == "fwd":
+        return lambda: perturb.perturb_fwd(weights, draw, y, config)
+    return lambda: perturb.perturb_bwd(y, draw, weights, sigma, True, config)
 
 
 def main(arch: int) -> None:

@@ -11,6 +11,7 @@ OPS = (
     "ensemble_summary",
     "combine",
     "gram",
+    "perturb",
     "pairwise_disagreement",
     "tabm_step",
 )

@@ -17,8 +17,6 @@ void over_tiles(const Perturbation& draw, int threads, Task task) {
 
 }  // namespace
 
-int64_t perturb_tiles(int64_t P) { return (P + PERTURB_TILE - 1) / PERTURB_TILE; }
-
 void perturb(const Perturbation& draw, const float* weights, int64_t weights_stride_m, float* y,
              int threads) {
   const Isa which = isa();

@@ -100,6 +100,20 @@ __device__ __forceinline__ void with_element(Dtype dtype, const void* data, F&& 
   }
 }
 
+// What `f` returns for a null pointer to elements of `dtype`.
+template <class F>
+int with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::bfloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case Dtype::float16:
+      return f(static_cast<__half*>(nullptr));
+  }
+  return int(cudaErrorInvalidValue);
+}
+
 inline int64_t itemsize(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 }  // namespace landscape_fast

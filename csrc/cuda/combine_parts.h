@@ -143,18 +143,4 @@ void for_each_launch(const CombinePart* parts, int64_t L, int64_t fragments, F&&
   }
 }
 
-// What `f` returns for a null pointer to elements of `dtype`.
-template <class F>
-int with_dtype(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::float32:
-      return f(static_cast<float*>(nullptr));
-    case Dtype::bfloat16:
-      return f(static_cast<__nv_bfloat16*>(nullptr));
-    case Dtype::float16:
-      return f(static_cast<__half*>(nullptr));
-  }
-  return int(cudaErrorInvalidValue);
-}
-
 }  // namespace landscape_fast

@@ -42,20 +42,22 @@ def words(seed: Tensor, first_member: int, members: int, P: int, stream: int) ->
     member = torch.arange(members, device=device)[:, None] + first_member
     counter = (quads & _LOW, quads >> 32, member, torch.full_like(member, stream))
     drawn = philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
-    return torch.stack(drawn, -1).view(members, -1)[:, :P]
+    return torch.stack(drawn, -1).flatten(1)[:, :P]
 
 
-def normals(seed: Tensor, first_member: int, members: int, P: int) -> Tensor:
-    """[members, P] standard normal numbers in float64 (Box and Muller 1958).
+def normals(seed: Tensor, first_member: int, members: int, P: int, dtype: torch.dtype) -> Tensor:
+    """[members, P] standard normal numbers, computed in `dtype` (Box and Muller 1958).
 
-    Elements 4 j + 2 i and 4 j + 2 i + 1 share a radius and an angle, from words 2 i and 2 i + 1.
+    Elements 2 i and 2 i + 1 share the radius sqrt(-2 ln((x + 1/2) / 2^32)), x the word of the
+    first, and the angle 2 pi x / 2^32, x the word of the second.
     """
-    drawn = words(seed, first_member, members, -(-P // WORDS) * WORDS, NORMALS)
-    radius, turn = drawn.view(members, -1, 2).double().unbind(-1)
-    radius = ((radius + 0.5) * 2.0**-32).log().mul(-2).sqrt()
-    angle = turn * (2 * math.pi * 2.0**-32)
+    drawn = words(seed, first_member, members, P + P % 2, NORMALS)
+    x, turn = drawn[:, ::2], drawn[:, 1::2]
+    near_0, near_1 = ((n.to(dtype) + 0.5) * 2.0**-32 for n in (x, _LOW - x))
+    radius = torch.where(x < 2**31, near_0.log(), (-near_1).log1p()).mul(-2).sqrt()
+    angle = torch.where(turn < 2**31, turn, turn - 2**32).to(dtype) * (math.pi * 2.0**-31)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
-    return pairs.view(members, -1)[:, :P]
+    return pairs.flatten(1)[:, :P]
 
 
 def kept(seed: Tensor, first_member: int, dropout: Tensor, P: int) -> Tensor:

@@ -131,7 +131,7 @@ def _define(weights, sigma, scale, dropout, seed, M, first_member):
         seed = torch.full((), _signed(seed), dtype=torch.int64, device=device)
     y = weights.to(dtype).expand(M, P)
     if isinstance(scale, Tensor) or scale != 0:
-        noise = _noise.normals(seed, first_member, M, P).to(dtype)
+        noise = _noise.normals(seed, first_member, M, P, dtype)
         if sigma is not None:
             noise = sigma.to(dtype) * noise
         y = y + (scale.to(dtype)[:, None] if isinstance(scale, Tensor) else scale) * noise

@@ -58,4 +58,33 @@ int shim_combine_backward(const int64_t* rows, int64_t L, int dtype, const void*
                                workspace, danchors, dcoeffs, dcoeffs_parts, nullptr);
 }
 
+int64_t shim_perturb_tiles(int64_t P) { return perturb_tiles(P); }
+
+static Perturbation perturbation_at(const int64_t* t, float scale, float dropout) {
+  return {t[0],
+          t[1],
+          t[2],
+          uint64_t(t[3]),
+          reinterpret_cast<const int64_t*>(t[4]),
+          reinterpret_cast<const float*>(t[5]),
+          reinterpret_cast<const float*>(t[6]),
+          {reinterpret_cast<const void*>(t[7]), Dtype(t[8]), t[9]},
+          scale,
+          dropout};
+}
+
+int shim_perturb(const int64_t* draw, float scale, float dropout, const void* weights, int dtype,
+                 int64_t stride_m, void* y) {
+  return perturb_cuda(perturbation_at(draw, scale, dropout), {weights, Dtype(dtype), stride_m}, y,
+                      nullptr);
+}
+
+int shim_perturb_backward(const int64_t* draw, float scale, float dropout, const void* dy,
+                          int dtype, int64_t stride_m, void* dweights, int weights_shared,
+                          void* dsigma, int sigma_shared, void* parts) {
+  return perturb_backward_cuda(perturbation_at(draw, scale, dropout), {dy, Dtype(dtype), stride_m},
+                               {dweights, weights_shared != 0, dsigma, sigma_shared != 0, parts},
+                               nullptr);
+}
+
 }  // extern "C"

@@ -7,7 +7,7 @@ import ctypes
 from contextlib import contextmanager
 from pathlib import Path
 
-# Argument and result types: p address, n int64, i int.
+# Argument and result types: p address, n int64, i int, f float.
 ENTRIES = {
     "divergence_workspace": ("nnni", "n"),
     "divergence": ("pi" + "nnnnnn" + "ipp", "i"),
@@ -18,8 +18,11 @@ ENTRIES = {
     "combine": ("pnipi" + "nnnnn" + "pp", "i"),
     "combine_backward_workspace": ("pninn", "n"),
     "combine_backward": ("pnipi" + "nnnnn" + "ppppp" + "n", "i"),
+    "perturb_tiles": ("n", "n"),
+    "perturb": ("pff" + "pin" + "p", "i"),
+    "perturb_backward": ("pff" + "pin" + "pi" + "pi" + "p", "i"),
 }
-TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int}
+TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 ORDERS = [(0, 0), (1, 0), (2, 1), (2, 2), (2, 3)]  # forward, reverse, random by three seeds
 
 

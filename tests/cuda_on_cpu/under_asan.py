@@ -118,6 +118,22 @@ def combination(kernels, dtype, M, K, sizes, flat, shared):
     kernels.combine_backward(*about, anchors, weights, workspace, None, dcoeffs, parts)
 
 
+def perturbations(kernels):
+    for dtype, (M, P), shared in product(
+        ITEMSIZE, [(1, 1), (3, 1023), (2, 2048), (4, 3001)], (0, 1)
+    ):
+        item, rows = ITEMSIZE[dtype], 1 if shared else M
+        each, seed = filled(struct.pack(f"<{M}f", *[0.5] * M)), integers(8, 1, 2**63)
+        sigma, stride = numbers(dtype, rows * P), 0 if shared else P
+        fields = (M, P, 0, 7, seed, each, each, sigma, dtype, stride)
+        draw = filled(struct.pack("<10q", *fields))
+        kernels.perturb(draw, 1, 0, numbers(dtype, rows * P), dtype, stride, empty(item * M * P))
+        dweights, dsigma = (empty(item * rows * P) for _ in range(2))
+        parts = empty(4 * M * kernels.perturb_tiles(P))
+        outputs = dweights, shared, dsigma, shared, parts
+        kernels.perturb_backward(draw, 1, 0, numbers(dtype, M * P), dtype, P, *outputs)
+
+
 def breakable(path, mistake):
     run = ctypes.CDLL(path).run_breakable
     run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int] * 4
@@ -130,6 +146,6 @@ if __name__ == "__main__":
         breakable(sys.argv[1], int(sys.argv[2]))
     else:
         library = Kernels(sys.argv[1])
-        for run in (divergences, disagreements, summaries, combinations):
+        for run in (divergences, disagreements, summaries, combinations, perturbations):
             run(library)
         print(f"{library.launches()} launches")

@@ -32,6 +32,7 @@ from landscape_fast.ops.pairwise_divergence import (
     pairwise_divergence,
     pairwise_divergence_reference,
 )
+from landscape_fast.ops.perturb import perturb, perturb_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -282,6 +283,26 @@ def _divergence_entries():
             )
 
 
+def _perturb_entries():
+    def call(function, weights, sigma, scale, **options):
+        dropout = torch.tensor([0.0, 0.25, 0.5]).to(scale)
+        about = {"scale": scale, "dropout": dropout, "members": 3}
+        return function(weights, 3, sigma=sigma, **about, **options)
+
+    def make(one_model):
+        def tensors(scale):
+            P = 1237 * scale**2
+            weights = torch.randn(P) if one_model else torch.randn(3, P)
+            sigma = torch.rand(3, P) if one_model else torch.rand(P)
+            return [weights, sigma, torch.rand(3)]
+
+        return tensors
+
+    for name, one_model in (("perturb", False), ("perturb one model", True)):
+        calls = partial(call, perturb), partial(call, perturb_reference)
+        yield Entry(name, "perturb", *calls, make(one_model))
+
+
 ENTRIES = (
     *_linear_entries(),
     *_hyper_entries(),
@@ -301,6 +322,7 @@ ENTRIES = (
         partial(_on_list, combine_reference),
         _listed,
     ),
+    *_perturb_entries(),
     Entry("gram flat", "gram", gram, gram_reference, _whole(_flat)),
     Entry(
         "gram layers",
