@@ -29,7 +29,8 @@ def input_gradient(dy: Tensor, weight: Tensor, coeffs, dx: Tensor, options) -> N
 def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor, options) -> None:
     from landscape_fast.kernels.subspace_conv2d_backward import subspace_conv2d_bwd_weight
 
-    subspace_conv2d_bwd_weight(dy, x, dweight, *_shorter(options), tf32_allowed())
+    last = dweight.permute(0, 1, 3, 4, 2)
+    subspace_conv2d_bwd_weight(dy, x, last, *_shorter(options), tf32_allowed())
 
 
 def _packed(weight: Tensor, like: Tensor) -> Tensor:
