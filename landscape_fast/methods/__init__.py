@@ -30,6 +30,12 @@ from landscape_fast.methods.optim import make_optimizer, param_groups
 from landscape_fast.methods.recipes import batch_ensemble_recipe, single_recipe
 from landscape_fast.methods.search_space import Choice, LogUniform, Uniform
 from landscape_fast.methods.selection import Selection, select_members
+from landscape_fast.methods.subspaces import (
+    TrainedSubspace,
+    average_prediction,
+    subspace_ensemble,
+    train_subspace,
+)
 from landscape_fast.methods.swag import Swag
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 
@@ -48,11 +54,13 @@ __all__ = [
     "TrainConfig",
     "Trained",
     "TrainedCurve",
+    "TrainedSubspace",
     "TrainedSwag",
     "TrainingInterrupted",
     "Tuning",
     "Uniform",
     "WeightedEnsemble",
+    "average_prediction",
     "batch_ensemble_recipe",
     "ensemble_cross_entropy",
     "fge_learning_rate",
@@ -65,6 +73,7 @@ __all__ = [
     "select_members",
     "single_recipe",
     "straight_line",
+    "subspace_ensemble",
     "train_batch_ensemble",
     "train_csgmcmc",
     "train_curve",
@@ -73,6 +82,7 @@ __all__ = [
     "train_hyper_batch",
     "train_hyper_deep",
     "train_snapshot",
+    "train_subspace",
     "train_swa",
     "train_swag",
 ]

@@ -155,9 +155,10 @@ class Subspace(nn.Module):
         return self._move(self._drawn(1, generator))
 
     def move_to_(self, coeffs: Tensor) -> "Subspace":
-        """Goes to the point `coeffs`, [K], [1, K] or layer-wise [L, K] or [1, L, K]."""
-        coeffs = self._checked("move_to_", coeffs)
-        require(coeffs.shape[0] == 1, "Subspace.move_to_", "coeffs", "one point", [*coeffs.shape])
+        """Goes to the point `coeffs`, [K] or [1, K]; layer-wise also [L, K] or [1, L, K]."""
+        coeffs = self._one_point("move_to_", coeffs)
+        op, rule = "Subspace.move_to_", "[K] in a subspace that is not layer-wise"
+        require(self.layerwise or coeffs.ndim == 2, op, "coeffs", rule, [*coeffs.shape])
         return self._move(coeffs)
 
     @torch.no_grad()
@@ -187,14 +188,19 @@ class Subspace(nn.Module):
             raise TypeError(message(f"Subspace.{op}", "coeffs", rule, type(coeffs).__name__))
         fits = coeffs.ndim in (1, 2, 3) and coeffs.shape[-1] == K
         fits = fits and (coeffs.ndim < 3 or coeffs.shape[1] == L)
-        layers = self.layerwise and coeffs.ndim == 2 and op == "move_to_"
-        fits = fits and (not layers or coeffs.shape[0] in (1, L))
         rule = f"[K], [M, K] or [M, L, K] with K = {K}, L = {L}"
         require(fits, f"Subspace.{op}", "coeffs", rule, list(coeffs.shape))
         coeffs = coeffs.to(device=self.coeffs.device, dtype=self.coeffs.dtype)
-        if coeffs.ndim == 1 or (layers and coeffs.shape[0] == L):
-            coeffs = coeffs[None]
-        return coeffs.index_select(-1, self._order)
+        return (coeffs[None] if coeffs.ndim == 1 else coeffs).index_select(-1, self._order)
+
+    def _one_point(self, op: str, coeffs: Tensor) -> Tensor:
+        """[1, K] or [1, L, K] in internal order, from one of these, [K] or [L, K]."""
+        found, L = self._checked(op, coeffs), len(self.layout)
+        if found.ndim == 2 and found.shape[0] == L > 1:
+            found = found[None]
+        rule = f"one point: [K] or [L, K] with L = {L}"
+        require(found.shape[0] == 1, f"Subspace.{op}", "coeffs", rule, list(coeffs.shape))
+        return found
 
     def mix(self, coeffs: Tensor) -> Tensor:
         """Weights [M, P] at the points `coeffs` [M, K] or [M, L, K], anchors in the order given.
@@ -265,7 +271,7 @@ class Subspace(nn.Module):
         if coeffs is None:
             coeffs, stale = self.coeffs, self._guard.stale or self._anchors_moved()
         else:
-            coeffs, stale = self._checked("move_to_", coeffs), True
+            coeffs, stale = self._one_point("network", coeffs), True
         network = copy.deepcopy(self.model)
         with torch.no_grad():
             weights = self.layout.views(self._weights(coeffs)[0])

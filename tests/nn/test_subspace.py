@@ -243,9 +243,10 @@ def test_refusals(net, rows):
     for shape in ((3,), (2, L + 1, 2), (1, 1, 1, 2)):
         with pytest.raises(ValueError, match=r"coeffs must be \[K\], \[M, K\] or \[M, L, K\] with"):
             subspace.mix(torch.zeros(shape))
-    with pytest.raises(ValueError, match="move_to_: coeffs must be"):
-        subspace.move_to_(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="move_to_: coeffs must be one point"):
-        make(net, Line()).move_to_(torch.zeros(3, 2))
+    for call in (subspace.move_to_, subspace.network):
+        with pytest.raises(ValueError, match=r"coeffs must be one point: \[K\] or \[L, K\] with L"):
+            call(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"must be \[K\] in a subspace that is not layer-wise"):
+        make(net, Line()).move_to_(torch.zeros(L, 2))
     with pytest.raises(ValueError, match="points must be None unless points are drawn in training"):
         subspace.eval()(x, points=2)

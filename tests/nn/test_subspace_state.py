@@ -169,6 +169,10 @@ def test_a_network_is_a_copy_at_a_point(net, rows):
         assert torch.equal(end.get_parameter(name), view)
     with pytest.raises(RuntimeError, match="running statistics"):
         end(x)
+    per_layer = torch.rand(len(subspace.layout), 2, dtype=torch.float64)
+    mixed = subspace.layout.views(subspace.mix(per_layer[None])[0].detach())
+    for name, parameter in subspace.network(per_layer).named_parameters():
+        assert torch.equal(parameter, mixed[name])
     before = subspace.model(x)
     with torch.no_grad():
         for p in [*end.parameters(), *here.parameters()]:
