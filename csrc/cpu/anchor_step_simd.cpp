@@ -85,18 +85,25 @@ void move(const AnchorStep& op, const StepScalars& by, int64_t n, const float* d
   }
 }
 
-// In float64, where a product of two float32 numbers is exact: the same bits with every ISA.
-double dot(const float* a, const float* b, int64_t n) {
-  double lanes[LANES] = {};
+// out[j] = a . b[j] for COUNT rows, in float64, where a product of two float32 numbers is exact: the
+// same bits with every instruction set.
+template <int COUNT>
+void dots(const float* a, const float* const* b, int64_t n, double* out) {
+  double sums[COUNT][LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
+    for (int j = 0; j < COUNT; ++j) {
+      const float* row = b[j] + i;
 #pragma omp simd
-    for (int k = 0; k < LANES; ++k) lanes[k] += double(a[i + k]) * double(b[i + k]);
+      for (int k = 0; k < LANES; ++k) sums[j][k] += double(a[i + k]) * double(row[k]);
+    }
   }
-  for (; i < n; ++i) lanes[0] += double(a[i]) * double(b[i]);
-  double sum = 0;
-  for (int k = 0; k < LANES; ++k) sum += lanes[k];
-  return sum;
+  for (int j = 0; j < COUNT; ++j) {
+    for (int64_t at = i; at < n; ++at) sums[j][0] += double(a[at]) * double(b[j][at]);
+    double sum = 0;
+    for (int k = 0; k < LANES; ++k) sum += sums[j][k];
+    out[j] = sum;
+  }
 }
 
 }  // namespace
@@ -151,7 +158,10 @@ void anchor_step_block(const AnchorStep& op, const StepScalars& by, const double
   }
   if (products == nullptr) return;
   for (int64_t i = 0; i < S; ++i) {
-    for (int64_t j = i; j < S; ++j) products[i * S + j] = dot(rows[i], rows[j], n);
+    int64_t j = i;
+    for (; j + 3 <= S; j += 3) dots<3>(rows[i], rows + j, n, products + i * S + j);
+    if (S - j == 2) dots<2>(rows[i], rows + j, n, products + i * S + j);
+    if (S - j == 1) dots<1>(rows[i], rows + j, n, products + i * S + j);
   }
 }
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from landscape_fast.nn.subspace import Subspace
 from landscape_fast.ops._checks import message, require
@@ -48,6 +48,8 @@ class AnchorOptimizer(torch.optim.Optimizer):
         self._gram_version = -1
         self._pair: Tensor | None = None
         self._selected: Tensor | None = None
+        self._homes: list[tuple[nn.Parameter, Tensor, int]] = []
+        self._homes_in: Tensor | None = None
         # the count of steps lives on the device of the anchors, which torch calls capturable
         own = {"cos2": cos2, "curve_l2": curve_l2, "capturable": True}
         super().__init__([subspace.anchors], defaults | own)
@@ -92,39 +94,43 @@ class AnchorOptimizer(torch.optim.Optimizer):
             self._pair = torch.zeros((), dtype=torch.int64, device=device)
         return self._pair
 
+    def _parameters(self) -> list[tuple[nn.Parameter, Tensor, int]]:
+        """Of the model: parameter, where its gradient is at home, and the address of that."""
+        space = self.subspace
+        if self._homes_in is not space.point_grad:  # it was moved to a device, or copied
+            views = space.layout.views(space.point_grad).values()
+            pairs = zip(space.model.parameters(), views, strict=True)
+            self._homes = [(p, view, view.data_ptr()) for p, view in pairs]
+            self._homes_in = space.point_grad
+        return self._homes
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradient of the model, and of the anchors if they have one."""
         super().zero_grad(set_to_none)
-        if set_to_none:
-            for p in self.subspace.model.parameters():
+        if not set_to_none:
+            self.subspace.point_grad.zero_()
+        for p, _, address in self._parameters():
+            if set_to_none:
                 p.grad = None
-            return
-        self.subspace.point_grad.zero_()
-        for p in self.subspace.model.parameters():
-            if p.grad is not None and not self._inside(p.grad):
+            elif p.grad is not None and p.grad.data_ptr() != address:
                 p.grad.zero_()
-
-    def _inside(self, grad: Tensor) -> bool:
-        buffer = self.subspace.point_grad
-        return grad.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
     def _gather(self) -> bool:
         """Brings gradients from elsewhere into `point_grad`; whether some were there already."""
-        to, grads, kept = [], [], False
-        views = self.subspace.layout.views(self.subspace.point_grad)
-        for p, view in zip(self.subspace.model.parameters(), views.values(), strict=True):
+        to, grads, inside = [], [], False
+        for p, view, address in self._parameters():
             grad = p.grad
             if grad is None:
                 view.zero_()
-            elif grad.data_ptr() == view.data_ptr():
-                kept = True
+            elif grad.data_ptr() == address:
+                inside = True
             else:
                 to.append(view)
                 grads.append(grad)
                 p.grad = None
         if to:
             torch._foreach_copy_(to, grads)
-        return kept
+        return inside
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -150,7 +156,7 @@ class AnchorOptimizer(torch.optim.Optimizer):
             remedy = "use draw_() and subspace.model, or torch.optim with subspace(x)"
             op, got = type(self).__name__, f"one of {list(anchors.grad.shape)}"
             raise RuntimeError(message(op, "subspace.anchors.grad", rule, got, remedy))
-        kept = self._gather()
+        inside = self._gather()
         rule, cos2 = self._rule(group), group["cos2"]
         layered = subspace.coeffs.ndim == 3 or cos2
         found = anchor_step(
@@ -167,7 +173,7 @@ class AnchorOptimizer(torch.optim.Optimizer):
             gram="total" if cos2 else None,
         )
         self._gram, self._gram_version = found, anchors._version
-        if kept:
+        if inside:
             subspace.point_grad.zero_()
         return loss
 
