@@ -144,7 +144,8 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def _mix(self) -> None:
-        self.point.copy_(self._weights(self.coeffs)[0])
+        sizes = self.layout.sizes if self.layerwise else None
+        combine(self.coeffs, self._rows, sizes=sizes, out=self.point[None])
         self._mixed = self.anchors._version
 
     def draw_(self, generator: Generator | None = None) -> "Subspace":

@@ -82,9 +82,7 @@ def _rows(anchors, counts, sizes, parts, weights, danchors) -> tuple[tuple[int, 
         there = (a.data_ptr() - base) // itemsize
         for size in (P,) if sizes is None else sizes:
             if size:
-                rows.append(
-                    (size, there, stride_k, weight, stride_m, danchor, to_stride_k, part)
-                )
+                rows.append((size, there, stride_k, weight, stride_m, danchor, to_stride_k, part))
             there, weight, part = there + size, weight + size, part + 1
             danchor += size if danchor >= 0 else 0
     return tuple(rows)
@@ -96,8 +94,15 @@ def _first(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _fwd_impl(coeffs, anchors, sizes, backend):
+    return _fwd_into(_new_buffer(coeffs.shape[0], anchors), coeffs, anchors, sizes, backend)
+
+
+def _out_impl(coeffs, anchors, sizes, out, backend):
+    _fwd_into(out, coeffs, [anchors], sizes, backend)
+
+
+def _fwd_into(weights, coeffs, anchors, sizes, backend):
     M = coeffs.shape[0]
-    weights = _new_buffer(M, anchors)
     counts, starts, _, _ = _blocks(M, anchors)
     places = zip(starts, counts if M > 1 else [0] * len(counts), strict=True)
     rows = _rows(anchors, counts, sizes, range(len(counts)), places, [-1] * len(counts))
@@ -156,8 +161,15 @@ def _bwd_impl(coeffs, anchors, dweights, sizes, parts, need_coeffs, need_anchors
 def _described(coeffs: Tensor, anchors: Tensor) -> tuple[int, ...]:
     stride_m, *stride_l, stride_k = coeffs.stride()
     return (
-        _CODES[anchors.dtype], coeffs.data_ptr(), _CODES[coeffs.dtype], coeffs.shape[0],
-        coeffs.shape[-1], stride_m, *(stride_l or [0]), stride_k, anchors.data_ptr(),
+        _CODES[anchors.dtype],
+        coeffs.data_ptr(),
+        _CODES[coeffs.dtype],
+        coeffs.shape[0],
+        coeffs.shape[-1],
+        stride_m,
+        *(stride_l or [0]),
+        stride_k,
+        anchors.data_ptr(),
     )
 
 
@@ -183,6 +195,12 @@ combine_op = define(
     "combine(Tensor coeffs, Tensor[] anchors, SymInt[]? sizes, str backend) -> Tensor",
     _fwd_impl,
     _fwd_fake,
+)
+combine_out_op = define(
+    "combine_out(Tensor coeffs, Tensor anchors, SymInt[]? sizes, Tensor(a!) out, str backend) "
+    "-> ()",
+    _out_impl,
+    lambda coeffs, anchors, sizes, out, backend: None,
 )
 combine_backward_op = define(
     "combine_backward(Tensor coeffs, Tensor[] anchors, Tensor[] dweights, SymInt[]? sizes, "

@@ -1,12 +1,13 @@
 """Weights of M models as combinations of K anchors: lines, simplexes, curves, Gaussians."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from landscape_fast.ops._checks import FLOATS, check_tensor, message, names
-from landscape_fast.ops._combine_parts import combine_backward_op, combine_op, views
+from landscape_fast.ops._combine_parts import combine_backward_op, combine_op, combine_out_op, views
 from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
     declare,
@@ -28,6 +29,7 @@ def combine(
     anchors: Tensor | Sequence[Tensor],
     *,
     sizes: Sequence[int] | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | list[Tensor]:
     r"""Weights of M models as linear combinations of K anchors, the whole network in one launch.
@@ -40,6 +42,8 @@ def combine(
         anchors: [K, P], one flattened model per row, unit stride along P; or a list of L parameter
             tensors [K, ...], each contiguous within an anchor, of one dtype.
         sizes: the L parts of a flat P, in order; needed with coeffs [M, L, K]. None for a list.
+        out: [M, P] contiguous, of the dtype of flat anchors, to be overwritten with the result and
+            returned; where no gradient is recorded. It must not overlap an input.
         backend: "auto", "torch", "triton" or "cuda"; see `landscape_fast.show_config`.
 
     Returns:
@@ -84,11 +88,21 @@ def combine(
     composite = transforming()
     if not composite:  # a vmapped tensor has strides of its own
         _check_strides(tensors, flat)
+    if out is not None:
+        _check_out(out, coeffs, anchors, flat)
     name = pick("combine", backend, tensors[0])
     if name == "cuda" and coeffs.shape[-1] > CUDA_ANCHORS:
         name = _without_cuda(backend, tensors[0])
     if composite or name == "torch":
-        return _composite(coeffs, anchors, sizes)
+        return (
+            _composite(coeffs, anchors, sizes)
+            if out is None
+            else _into(out, coeffs, anchors, sizes)
+        )
+    if out is not None:
+        combine_out_op(coeffs, anchors, sizes, out, name)
+        torch.autograd.graph.increment_version(out)
+        return out
     if wants_grad(coeffs, *tensors):
         weights = _Combine.apply(coeffs, sizes, name, *tensors)
     else:
@@ -128,6 +142,22 @@ def _composite(coeffs, anchors, sizes):
         with torch.autocast(device, enabled=False):
             return combine_reference(coeffs, anchors, sizes=sizes)
     return combine_reference(coeffs, anchors, sizes=sizes)
+
+
+def _into(out, coeffs, anchors, sizes):
+    """The reference for `out`: as many products, and nothing as large as the parameters besides."""
+    parts = [slice(None)]
+    if coeffs.ndim == 3:
+        ends = list(itertools.accumulate(sizes))
+        parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    each = coeffs.unbind(1) if coeffs.ndim == 3 else [coeffs]
+    exact = coeffs.dtype == anchors.dtype and not transforming()
+    for c, part in zip(each, parts, strict=True):
+        if exact:
+            torch.mm(c, anchors[:, part], out=out[:, part])
+        else:
+            out[:, part] = _composite(c, anchors[:, part], None)
+    return out
 
 
 class _Combine(torch.autograd.Function):
@@ -225,6 +255,16 @@ def _check_list(coeffs, anchors, sizes) -> None:
         if anchors[0].dtype not in FLOATS:
             _refuse("anchors", f"one of {names(FLOATS)}", names([anchors[0].dtype]))
         _check_alike(coeffs, anchors[0])
+
+
+def _check_out(out, coeffs, anchors, flat: bool) -> None:
+    rule = "None for a list, or where a gradient is recorded"
+    if not flat or wants_grad(coeffs, anchors, out):
+        _refuse("out", rule, type(out).__name__)
+    sizes = coeffs.shape[0], anchors.shape[1]
+    check_tensor("combine", "out", out, "M, P", sizes, like=anchors, like_name="anchors")
+    if not out.is_contiguous():
+        _refuse("out", "contiguous", f"strides {tuple(out.stride())}")
 
 
 def _check_coeffs(coeffs) -> None:

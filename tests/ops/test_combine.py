@@ -60,6 +60,26 @@ def test_parts_of_a_flat_vector_agree_with_the_definition(sizes, dtype, backend,
     check_op(combine, combine_reference, inputs, dtype=dtype, backend=backend, sizes=sizes)
 
 
+@pytest.mark.parametrize("backend", ["torch", *BACKENDS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [None, (7, 0, 1023)])
+def test_a_given_output_is_filled(sizes, dtype, backend, device):
+    """All of it, and nothing beside it; the coefficients may be of another dtype."""
+    coeffs = torch.randn((3, 3, 2) if sizes else (3, 2), device=device)
+    anchors = torch.randn(2, 1030, device=device).to(dtype)
+    for c in (coeffs, coeffs.to(dtype)):
+        out = fenced(torch.full((3, 1030), float("nan"), device=device, dtype=dtype))
+        before = out._version
+        assert combine(c, anchors, sizes=sizes, out=out, backend=backend) is out
+        plain = combine_reference(c, anchors, sizes=sizes)
+        truth = combine_reference(c.double(), anchors.double(), sizes=sizes)
+        assert_as_exact("out", out, plain, truth)
+        assert out._version > before  # autograd sees that it changed
+        buffer = out.new_empty(0).set_(out.untyped_storage())
+        assert buffer.isfinite().sum() == out.numel()  # the rest is the fence
+        assert combine(c, anchors, sizes=sizes, out=out, backend=backend).isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -98,8 +118,12 @@ def test_any_sizes(M, K, sizes, layerwise, coeffs_dtype):
     coeffs = torch.randn((M, len(sizes), K) if layerwise else (M, K)).to(DEVICE, coeffs_dtype)
     anchors = torch.randn(K, sum(sizes)).to(DEVICE, torch.float16)
     check_op(
-        lambda a, **o: combine(coeffs, a, **o), lambda a, **o: combine_reference(coeffs, a, **o),
-        (anchors,), dtype=torch.float16, backend="triton", sizes=sizes,
+        lambda a, **o: combine(coeffs, a, **o),
+        lambda a, **o: combine_reference(coeffs, a, **o),
+        (anchors,),
+        dtype=torch.float16,
+        backend="triton",
+        sizes=sizes,
     )
 
 

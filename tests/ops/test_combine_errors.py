@@ -57,6 +57,23 @@ BAD = {
         r"anchors\[1\] must be on the device of anchors\[0\], cpu; got meta",
     ),
     "list ints": (C, [A.int()], {}, ValueError, r"anchors must be one of float32, .*; got int32"),
+    "out of a list": (C, [A], {"out": torch.zeros(4, 5)}, ValueError, r"out must be None for a"),
+    "out in a graph": (
+        C, A.clone().requires_grad_(), {"out": torch.zeros(4, 5)}, ValueError,
+        r"out must be None for a list, or where a gradient is recorded; got Tensor",
+    ),
+    "out shape": (
+        C, A, {"out": torch.zeros(4, 4)}, ValueError,
+        r"out must be \[M, P\] with M = 4, P = 5; got \[4, 4\]",
+    ),
+    "out dtype": (
+        C, A, {"out": torch.zeros(4, 5).half()}, ValueError,
+        r"out must be of the dtype of anchors, float32; got float16",
+    ),
+    "out strides": (
+        C, A, {"out": torch.zeros(5, 4).T}, ValueError,
+        r"out must be contiguous; got strides \(1, 4\)",
+    ),
     "list stride": (
         C, [torch.zeros(2, 3, 4).mT], {}, ValueError,
         r"anchors\[0\] must be contiguous within each anchor; got strides \(12, 1, 4\); call",
