@@ -4,7 +4,7 @@ from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorAdamW, AnchorS
 from landscape_fast.methods.averaging import TrainedSwag, train_swa, train_swag
 from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
-from landscape_fast.methods.curves import TrainedCurve, straight_line, train_curve
+from landscape_fast.methods.curves import straight_line, train_curve
 from landscape_fast.methods.cyclic import (
     fge_learning_rate,
     train_csgmcmc,
@@ -53,7 +53,6 @@ __all__ = [
     "Swag",
     "TrainConfig",
     "Trained",
-    "TrainedCurve",
     "TrainedSubspace",
     "TrainedSwag",
     "TrainingInterrupted",

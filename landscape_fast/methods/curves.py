@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorSGD
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.splits import check_rows
-from landscape_fast.methods.trainer import History, Run
+from landscape_fast.methods.subspaces import TrainedSubspace
+from landscape_fast.methods.trainer import Run
 from landscape_fast.nn.coefficients import Bezier, Line, PolyChain, line
 from landscape_fast.nn.flat import FlatLayout
 from landscape_fast.nn.subspace import Subspace
@@ -18,24 +18,6 @@ from landscape_fast.ops import combine
 from landscape_fast.ops._checks import require, whole
 
 KINDS = {"bezier": Bezier, "polychain": PolyChain}
-
-
-class TrainedCurve(NamedTuple):
-    """What `train_curve` returns.
-
-    Attributes:
-        subspace: the curve: its anchors are the ends, which did not move, and the bends between.
-            `subspace.coefficients.at(t)` are the coefficients of a position.
-        histories: one list, of the one run.
-    """
-
-    subspace: Subspace
-    histories: list[History]
-
-    @property
-    def seconds(self) -> list[float]:
-        """Seconds of training."""
-        return [sum(epoch["seconds"] for epoch in history) for history in self.histories]
 
 
 def straight_line(start: nn.Module, end: nn.Module) -> Subspace:
@@ -97,7 +79,7 @@ def train_curve(
     resume: bool = False,
     progress: bool = True,
     on_step: Callable[[int], None] | None = None,
-) -> TrainedCurve:
+) -> TrainedSubspace:
     r"""Connects two trained networks by a curve along which the loss is low.
 
     Every step draws t uniformly and goes down the loss of the network :math:`\phi(t)`, the mean
@@ -124,8 +106,8 @@ def train_curve(
         on_step: called with the number of steps done, after each.
 
     Returns:
-        `TrainedCurve`. Its batch norm statistics are of no particular point; networks on the curve
-        get theirs from `recalibrate_`, as `curve_statistics` does.
+        `TrainedSubspace`, at t = 1/2. `subspace.coefficients.at(t)` are the coefficients of the
+        position t; batch norms have no statistics of any point yet.
 
     Raises:
         TrainingInterrupted, ValueError, Diverged: see `landscape_fast.methods.fit`.
@@ -143,7 +125,9 @@ def train_curve(
     run = _CurveRun(curve, x.to(device), y.to(device), config, stream, label, path, on_step)
     ends = [float(end.double().norm()) for end in curve.fixed]
     run.identity |= {"method": "curve", "ends": str(ends)}
-    return TrainedCurve(curve.eval(), [run.execute(resume, progress)])
+    history = run.execute(resume, progress)
+    curve.move_to_(curve.coefficients.midpoint())
+    return TrainedSubspace(curve, [history])
 
 
 class _CurveRun(Run):
