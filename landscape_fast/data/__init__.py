@@ -8,5 +8,14 @@ from landscape_fast.data.cifar import cifar10
 from landscape_fast.data.dataset import Dataset
 from landscape_fast.data.digits import digits
 from landscape_fast.data.idx import mnist, read_idx
+from landscape_fast.data.label_noise import noisy_labels, with_label_noise
 
-__all__ = ["Dataset", "cifar10", "digits", "mnist", "read_idx"]
+__all__ = [
+    "Dataset",
+    "cifar10",
+    "digits",
+    "mnist",
+    "noisy_labels",
+    "read_idx",
+    "with_label_noise",
+]
