@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast.ops._anchor_step_rules import AdamRule, AnchorState, Cos2, SGDRule
-from landscape_fast.ops._checks import check_tensor, message, require
+from landscape_fast.ops._checks import check_tensor, message, names, require
 
 OP = "anchor_step"
 GRAMS = ("total", "parts", None)
@@ -65,8 +65,7 @@ def _check_rule(rule, state, anchors) -> None:
         t = getattr(state, name)
         check_tensor(OP, f"state.{name}", t, "T, P", shape, like=anchors, like_name="anchors")
         require(t.is_contiguous(), OP, f"state.{name}", "contiguous", t.stride(), remedy)
-    check_tensor(OP, "state.step", state.step, "", (), dtypes=(torch.float32,))
-    _check_device("state.step", state.step, anchors)
+    _check_scalar("state.step", state.step, torch.float32, anchors)
 
 
 def check_penalty(coeffs, anchors, sizes, selected, penalty, gram) -> None:
@@ -82,10 +81,9 @@ def check_penalty(coeffs, anchors, sizes, selected, penalty, gram) -> None:
     if isinstance(penalty, Cos2):
         double = (torch.float64,)
         check_tensor(OP, "penalty.gram", penalty.gram, "S, S", (S, S), dtypes=double)
-        check_tensor(OP, "penalty.pair", penalty.pair, "", (), dtypes=(torch.int64,))
+        _check_scalar("penalty.pair", penalty.pair, torch.int64, anchors)
         require(S >= 2, OP, "penalty", "None where S = 1: there is no pair", "a Cos2")
-        for name in ("gram", "pair"):
-            _check_device(f"penalty.{name}", getattr(penalty, name), anchors)
+        _check_device("penalty.gram", penalty.gram, anchors)
     elif penalty is not None:
         if isinstance(penalty, Tensor) and penalty.ndim == 3:
             _needs_sizes("with a penalty [L, S, S]", sizes)
@@ -99,6 +97,14 @@ def check_penalty(coeffs, anchors, sizes, selected, penalty, gram) -> None:
 def _needs_sizes(when: str, sizes) -> None:
     remedy = "sizes=(P,) makes one part"
     require(sizes is not None, OP, "sizes", f"given {when}", sizes, remedy)
+
+
+def _check_scalar(name: str, t: Tensor, dtype: torch.dtype, anchors: Tensor) -> None:
+    rule = f"a 0-dim {names([dtype])} tensor"
+    if not isinstance(t, Tensor):
+        raise TypeError(message(OP, name, rule, type(t).__name__))
+    require(t.ndim == 0 and t.dtype == dtype, OP, name, rule, f"{names([t.dtype])} {[*t.shape]}")
+    _check_device(name, t, anchors)
 
 
 def _check_device(name: str, t: Tensor, anchors: Tensor) -> None:
