@@ -1,4 +1,4 @@
-"""The command `landscape-fast`: demo, train, study, show-config.
+"""The command `landscape-fast`: demo, train, subspace, curve, fge, swag, study, show-config.
 
 The parser is built without importing torch, so that help and errors of usage come at once.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
@@ -31,6 +31,13 @@ from landscape_fast.studies.presets import (
     RECIPES,
     SCHEDULES,
     TRAINING,
+)
+from landscape_fast.studies.subspace_arguments import (
+    Builders,
+    add_curve,
+    add_fge,
+    add_subspace,
+    add_swag,
 )
 
 
@@ -70,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_demo(commands)
     _add_train(commands)
+    build = Builders(
+        _command, _add_problem, _add_common, _add_training, _count, _positive, _non_negative
+    )
+    for add in (add_subspace, add_curve, add_fge, add_swag):
+        add(commands, build)
     _add_study(commands)
     show = _command(
         commands,
@@ -104,6 +116,7 @@ def _add_demo(commands) -> None:
         metavar="N",
         help=f"training epochs (default: {TRAINING['digits']['epochs']})",
     )
+    _add_members(parser)
     _add_common(parser, "1, networks this small gain nothing from more")
 
 
@@ -116,6 +129,20 @@ def _add_train(commands) -> None:
         "Trains on real data and measures on its test rows. Ctrl-C saves a "
         "checkpoint; the same command with --resume continues to the same result.",
     )
+    _add_problem(parser, "out/DATA-METHOD")
+    parser.add_argument(
+        "--method",
+        choices=(*METHODS, "all"),
+        default="deep",
+        help="how to train; all: compare the three (default: deep)",
+    )
+    _add_members(parser)
+    _add_common(parser)
+    _add_factors(_add_training(parser))
+
+
+def _add_problem(parser: argparse.ArgumentParser, folder: str = "out/DATA-VERB") -> None:
+    """What to train on, and where to keep it."""
     parser.add_argument(
         "--data",
         choices=DATA,
@@ -131,16 +158,10 @@ def _add_train(commands) -> None:
         + ")",
     )
     parser.add_argument(
-        "--method",
-        choices=(*METHODS, "all"),
-        default="deep",
-        help="how to train; all: compare the three (default: deep)",
-    )
-    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder of results and checkpoints (default: out/DATA-METHOD)",
+        help=f"folder of results and checkpoints (default: {folder})",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue from the checkpoints in --out"
@@ -148,27 +169,17 @@ def _add_train(commands) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out"
     )
-    _add_common(parser, "torch's own choice")
-    _add_settings(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    settings = parser.add_argument_group(
-        "training", "defaults depend on the data set, or on the recipe"
-    )
-    settings.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        help="of the authors of BatchEnsemble for ResNets on CIFAR: batch_ensemble, 250 epochs; "
-        "single, 200",
-    )
+def _add_training(parser: argparse.ArgumentParser):
+    """The settings of a training run; returns their group."""
+    settings = parser.add_argument_group("training", "defaults depend on the data set")
     settings.add_argument("--epochs", type=_count, metavar="N")
     settings.add_argument(
         "--batch-size",
         type=_count,
         metavar="N",
-        help="training rows per step; a BatchEnsemble computes M times as many. The rate of a "
-        "recipe is 0.1 for 128 rows, in proportion for others",
+        help="training rows per step",
     )
     settings.add_argument(
         "--train-rows", type=_count, metavar="N", help="use the first N training rows only"
@@ -179,7 +190,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--weight-decay",
         type=_non_negative,
         metavar="X",
-        help="of all parameters but the factors of a BatchEnsemble",
+        help="of all parameters (but the factors of a BatchEnsemble)",
     )
     settings.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate")
     settings.add_argument("--label-smoothing", type=_fraction, metavar="X")
@@ -188,6 +199,23 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         choices=PIXELS,
         default="standardized",
         help="scale of the input (default: standardized per channel)",
+    )
+    settings.add_argument(
+        "--augment",
+        choices=AUGMENTS,
+        help="random shifts and flips of images (default: none, or by recipe)",
+    )
+    return settings
+
+
+def _add_factors(settings) -> None:
+    """What only a BatchEnsemble has."""
+    settings.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="of the authors of BatchEnsemble for ResNets on CIFAR: batch_ensemble, 250 epochs; "
+        "single, 200. Their rate is 0.1 for batches of 128 rows, in proportion for others; a "
+        "BatchEnsemble computes M times as many rows",
     )
     settings.add_argument(
         "--fast-init",
@@ -222,11 +250,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--norm",
         choices=NORMS,
         help="whether they share the norms of a ResNet (default: shared)",
-    )
-    settings.add_argument(
-        "--augment",
-        choices=AUGMENTS,
-        help="random shifts and flips of images (default: none; crop_flip with a recipe)",
     )
 
 
@@ -264,10 +287,13 @@ def _command(commands, name: str, run: Callable, summary: str, description: str)
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser, threads: str) -> None:
+def _add_members(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--members", type=_count, metavar="M", help="members of each ensemble (default: 4)"
     )
+
+
+def _add_common(parser: argparse.ArgumentParser, threads: str = "torch's own choice") -> None:
     parser.add_argument(
         "--seed", type=_seed, metavar="N", help="of all random numbers (default: 0)"
     )
@@ -294,7 +320,7 @@ def _show_config(args: argparse.Namespace) -> int:
 
 
 def _how_to_resume(args: argparse.Namespace, argv: Sequence[str]) -> str:
-    if args.command != "train":
+    if not hasattr(args, "resume"):
         return ""
     again = [word for word in argv if word != "--overwrite"]
     again += [] if "--resume" in again else ["--resume"]

@@ -5,6 +5,7 @@ torch is imported when a command runs, so that the parser can import this module
 
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 from landscape_fast.studies.presets import METHODS, MODEL_OF, TRAINING
@@ -38,16 +39,25 @@ def demo(args: Namespace) -> int:
 
 def train(args: Namespace) -> int:
     """One method, or all, on any data set, with checkpoints in the output folder."""
-    if args.data != "digits" and args.root is None:
-        args.usage_error(f"argument --root: must be the folder of the {args.data} files; got none")
     if args.method == "single" and args.members not in (None, 1):
         args.usage_error(f"argument --members: must be 1 with --method single; got {args.members}")
+    if args.recipe == "batch_ensemble":
+        args.fast_init = args.fast_init or "normal"
+    return _study(args, *claim_folder(args, args.method))
+
+
+def claim_folder(args: Namespace, verb: str) -> tuple[Path, list[Path]]:
+    """Settles the model and the output folder of a run that keeps checkpoints.
+
+    Returns:
+        The folder of its checkpoints, and those of an earlier run that are to be deleted.
+    """
+    if args.data != "digits" and args.root is None:
+        args.usage_error(f"argument --root: must be the folder of the {args.data} files; got none")
     if args.resume and args.overwrite:
         args.usage_error("argument --overwrite: must not be given with --resume")
     args.model = args.model or MODEL_OF[args.data]
-    if args.recipe == "batch_ensemble":
-        args.fast_init = args.fast_init or "normal"
-    args.out = args.out or Path("out") / f"{args.data}-{args.method}"
+    args.out = args.out or Path("out") / f"{args.data}-{verb}"
     checkpoints = args.out / "checkpoints"
     old = sorted(checkpoints.glob("*.pt"))
     if old and not (args.resume or args.overwrite):
@@ -56,8 +66,9 @@ def train(args: Namespace) -> int:
             f"{len(old)} checkpoints; add --resume or --overwrite"
         )
     if args.resume and not old:
-        say(f"{PROGRAM} train: no checkpoints in {checkpoints}; starting from the beginning")
-    return _study(args, checkpoints, old if args.overwrite else [])
+        found = f"no checkpoints in {checkpoints}"
+        say(f"{PROGRAM} {args.command}: {found}; starting from the beginning")
+    return checkpoints, old if args.overwrite else []
 
 
 def say(text: str) -> None:
@@ -66,10 +77,32 @@ def say(text: str) -> None:
 
 
 def _study(args: Namespace, checkpoints: Path | None, old: list[Path]) -> int:
-    """Train, measure, write, print; `old` checkpoints are deleted when nothing can fail early."""
+    """Train, measure, write, print."""
+    with prepared(args, old) as (problem, dataset, config, device):
+        from landscape_fast.studies.compare import compare
+
+        results = compare(
+            problem,
+            dataset,
+            METHODS if args.method == "all" else (args.method,),
+            config,
+            device=device,
+            directory=checkpoints,
+            resume=getattr(args, "resume", False),
+            progress=not args.quiet,
+        )
+        return _report(args, results, dataset, problem, config, device)
+
+
+@contextmanager
+def prepared(args: Namespace, old: list[Path]):
+    """Yields (Problem, Dataset, TrainConfig, device) of the arguments, with --threads in force.
+
+    `old` checkpoints are deleted when nothing can fail early any more.
+    """
     import torch
 
-    from landscape_fast.studies.compare import Problem, compare
+    from landscape_fast.studies.compare import Problem
 
     if args.device == "cuda" and not torch.cuda.is_available():
         args.usage_error("argument --device: must be auto or cpu where torch sees no GPU; got cuda")
@@ -84,17 +117,7 @@ def _study(args: Namespace, checkpoints: Path | None, old: list[Path]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
-        results = compare(
-            problem,
-            dataset,
-            METHODS if args.method == "all" else (args.method,),
-            config,
-            device=device,
-            directory=checkpoints,
-            resume=getattr(args, "resume", False),
-            progress=not args.quiet,
-        )
-        return _report(args, results, dataset, problem, config, device)
+        yield problem, dataset, config, device
     finally:
         torch.set_num_threads(threads)
 

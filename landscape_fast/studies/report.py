@@ -80,10 +80,10 @@ def to_json(document: dict[str, Any]) -> str:
     return json.dumps(_finite(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def make_document(
-    results: dict[str, Result], dataset: Dataset, problem: Problem, config: TrainConfig, device: str
+def describe_run(
+    dataset: Dataset, problem: Problem, config: TrainConfig, device: str
 ) -> dict[str, Any]:
-    """Everything the study found, and from what, as numbers, strings, lists and dictionaries."""
+    """What was run, and on what: the part that the documents of all commands share."""
     return {
         "data": {
             "name": dataset.name,
@@ -93,6 +93,23 @@ def make_document(
         },
         "problem": asdict(problem),
         "training": asdict(config),
+        "versions": {
+            "landscape_fast": landscape_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "device": device,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def make_document(
+    results: dict[str, Result], dataset: Dataset, problem: Problem, config: TrainConfig, device: str
+) -> dict[str, Any]:
+    """Everything the study found, and from what, as numbers, strings, lists and dictionaries."""
+    return {
+        **describe_run(dataset, problem, config, device),
         "rows": [result.row for result in results.values()],
         "notes": make_notes(results, dataset, config),
         "pairs": {
@@ -109,14 +126,6 @@ def make_document(
             if len(result.logits) > 1
         },
         "histories": {method: result.histories for method, result in results.items()},
-        "versions": {
-            "landscape_fast": landscape_fast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "device": device,
-            "threads": torch.get_num_threads(),
-        },
     }
 
 
