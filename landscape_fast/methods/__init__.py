@@ -37,6 +37,7 @@ from landscape_fast.methods.subspaces import (
     train_subspace,
 )
 from landscape_fast.methods.swag import Swag
+from landscape_fast.methods.sweep import Sweep, SweepInterrupted, sweep
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 
 __all__ = [
@@ -51,6 +52,8 @@ __all__ = [
     "LogUniform",
     "Selection",
     "Swag",
+    "Sweep",
+    "SweepInterrupted",
     "TrainConfig",
     "Trained",
     "TrainedSubspace",
@@ -73,6 +76,7 @@ __all__ = [
     "single_recipe",
     "straight_line",
     "subspace_ensemble",
+    "sweep",
     "train_batch_ensemble",
     "train_csgmcmc",
     "train_curve",

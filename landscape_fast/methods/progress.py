@@ -20,6 +20,7 @@ class Progress:
         done: steps already done by the run that this one resumes.
         enabled: False shows nothing.
         stream: where to write; the standard error stream if None.
+        rounds: what the display calls an epoch; of a run that trains nothing, "model".
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Progress:
         done: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
+        rounds: str = "epoch",
     ) -> None:
+        self._rounds, self._unit = rounds, "step" if rounds == "epoch" else rounds
         self._label, self._epochs = label, epochs
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
@@ -49,33 +52,31 @@ class Progress:
             total=steps,
             initial=done,
             desc=self._label,
-            unit="step",
+            unit=self._unit,
             file=self._stream,
             dynamic_ncols=True,
             mininterval=0.2,
         )
 
-    def step(self) -> None:
-        """One optimiser step is done."""
+    def step(self, count: int = 1) -> None:
+        """One optimiser step is done, or `count` of them."""
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(count)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """One epoch is done; `record` is its line of the history."""
         numbers = f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.4f}"
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"epoch {record['epoch']}/{self._epochs}, {numbers}", refresh=False
+                f"{self._rounds} {record['epoch']}/{self._epochs}, {numbers}", refresh=False
             )
         elif self._enabled:
             now = time.monotonic()
             if record["epoch"] == self._epochs or now - self._last_line >= SECONDS_BETWEEN_LINES:
                 self._last_line = now
-                print(
-                    f"{self._label}: epoch {record['epoch']}/{self._epochs}, training {numbers}",
-                    file=self._stream,
-                    flush=True,
-                )
+                kind = "training " if self._rounds == "epoch" else ""
+                place = f"{self._rounds} {record['epoch']}/{self._epochs}"
+                print(f"{self._label}: {place}, {kind}{numbers}", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the bar; the last state stays visible."""

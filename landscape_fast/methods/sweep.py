@@ -1,0 +1,285 @@
+"""Evaluation of many models of one architecture, several per pass over data that stay in place.
+
+A sweep measures the points of a line, a curve or a plane in weight space, or the samples of a
+Gaussian: all are rows of weights, computed when they are needed.
+"""
+
+import copy
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from landscape_fast.methods.checkpoint import (
+    describe_model,
+    describe_rows,
+    load_checkpoint,
+    save_checkpoint,
+)
+from landscape_fast.methods.interrupt import TrainingInterrupted, deferred_interrupt
+from landscape_fast.methods.progress import Progress
+from landscape_fast.methods.splits import check_rows
+from landscape_fast.nn.flat import FlatLayout
+from landscape_fast.nn.stacked import StackedEnsemble
+from landscape_fast.nn.statistics import MODES, batch_norms, recalibrate_, statistics_mode_
+from landscape_fast.ops import ensemble_summary
+from landscape_fast.ops._checks import message, require, whole
+
+SECONDS_BETWEEN_SAVES = 30.0
+# "auto" on a GPU, an estimate that no measurement has confirmed: enough members to fill the device
+# with small networks, and no more weights at once than this.
+MEMBERS_PER_PASS, WEIGHT_BYTES = 16, 1 << 30
+
+
+class Sweep(NamedTuple):
+    """Scores of S models, on the CPU, in the order of their weights.
+
+    Attributes:
+        loss: [S], mean cross-entropy, nats.
+        accuracy: [S], fraction.
+        brier: [S], in [0, 2].
+        ece: [S], expected calibration error, fraction; 15 bins.
+        logits: [S, N, C], or None where they were not kept.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    brier: Tensor
+    ece: Tensor
+    logits: Tensor | None = None
+
+    @property
+    def nll(self) -> Tensor:
+        """[S], the negative log-likelihood, which is the loss."""
+        return self.loss
+
+
+class SweepInterrupted(TrainingInterrupted):
+    """A sweep was stopped by Ctrl-C between two passes.
+
+    Attributes:
+        checkpoint: the file with the scores so far, or None if none was asked for.
+    """
+
+    def __init__(self, done: int, count: int, checkpoint: Path | None) -> None:
+        saved = f"saved {checkpoint}" if checkpoint else "nothing was saved"
+        KeyboardInterrupt.__init__(self, f"sweep stopped after {done} of {count} models; {saved}")
+        self.checkpoint = checkpoint
+        self._arguments = (done, count, checkpoint)
+
+
+@torch.no_grad()
+def sweep(
+    model: nn.Module,
+    weights: Callable[[int, int], Tensor],
+    count: int,
+    x: Tensor,
+    y: Tensor,
+    *,
+    statistics: str = "recalibrate",
+    calibration: Tensor | None = None,
+    batch_size: int = 1000,
+    per_pass: int | str = "auto",
+    keep_logits: bool = False,
+    label: str = "sweep",
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Sweep:
+    """Scores `count` models of one architecture on the same rows, as if one after another.
+
+    Args:
+        model: any network from rows [B, ...] to logits [B, C]; it is copied. It gives what the
+            weights do not: buffers, settings, the device.
+        weights: called as `weights(start, stop)` in ascending order; returns the weights of these
+            models, [stop - start, P], as `FlatLayout(model)` orders them. For instance
+            `lambda start, stop: subspace.mix(coeffs[start:stop])`.
+        count: S, how many models there are.
+        x: [N, ...] rows, moved to the device of the model once.
+        y: [N] int64 classes.
+        statistics: of batch norms: "recalibrate": taken anew for every model from the rows of
+            `calibration`, for the models of one pass together; "shared": those of `model` for all;
+            "batch": those of each batch of x, so that `batch_size` matters; "none": for networks
+            without any. See `landscape_fast.nn.statistics_mode_`.
+        calibration: [N', ...] rows without augmentation, needed where there are batch norms to
+            recalibrate.
+        batch_size: the most rows of one model in one pass.
+        per_pass: M, how many models go through the network together. "auto": one on a CPU, where
+            more are not faster, several on a GPU, unless the network cannot be batched.
+        keep_logits: also return the logits, S * N * C numbers on the CPU.
+        label: what the progress display calls it.
+        checkpoint: file for what is done so far, written every half minute, at the end and on
+            Ctrl-C; None keeps nothing.
+        resume: continue from `checkpoint` where it exists.
+        progress: show a progress bar, or plain lines where there is no terminal.
+
+    Returns:
+        Sweep. The scores of a model are those of `ensemble_summary`, and depend on `per_pass` by
+        rounding alone.
+
+    Raises:
+        SweepInterrupted: a KeyboardInterrupt; after Ctrl-C, when the checkpoint is written.
+        TypeError: if `weights` gives no tensor.
+        ValueError: if arguments do not fit together, if with `per_pass` above 1 the network cannot
+            be batched, or if the checkpoint belongs to another sweep.
+
+    Cost: one forward pass over x, and one over `calibration`, per model; memory for M * N * C
+        logits and M * P weights.
+
+    Source: the sampled curves and planes of Garipov et al. 2018 (arXiv:1802.10026) and Fort et al.
+        2019 (arXiv:1912.02757).
+
+    Example:
+        >>> from landscape_fast.nn import FlatLayout
+        >>> ends = FlatLayout(nn.Linear(4, 3)).flatten_many([nn.Linear(4, 3), nn.Linear(4, 3)])
+        >>> t = torch.linspace(0, 1, 61)[:, None]
+        >>> rows, classes = torch.randn(20, 4), torch.arange(20) % 3
+        >>> segment = lambda start, stop: torch.lerp(ends[:1], ends[1:], t[start:stop])
+        >>> sweep(nn.Linear(4, 3), segment, 61, rows, classes, progress=False).loss.shape
+        torch.Size([61])
+    """
+    op = "sweep"
+    check_rows(op, x, y)
+    require(whole(count, 1), op, "count", "an integer of at least 1", repr(count))
+    require(whole(batch_size, 1), op, "batch_size", "an integer of at least 1", repr(batch_size))
+    auto = per_pass == "auto"
+    rule = "'auto' or an integer of at least 1"
+    require(auto or whole(per_pass, 1), op, "per_pass", rule, repr(per_pass))
+    models = _Models(model, x, calibration, statistics, batch_size)
+    y = y.to(models.device)
+    first, last = _given(weights, 0, 1, models), _given(weights, count - 1, count, models)
+    models.per_pass = models.choose(count, first) if auto else min(per_pass, count)
+    identity = {
+        "model": describe_model(model),
+        "data": describe_rows(models.x, y),
+        "calibration": "none" if models.rows is None else describe_rows(models.rows, y[:0]),
+        "weights": f"{count}, checksum {_checksum(first, last):08x}",
+        "buffers": f"checksum {_checksum(*model.buffers()):08x}",
+        "statistics": statistics,
+        "batch_size": batch_size,
+        "keep_logits": keep_logits,
+    }
+    scores, logits, done = [], [], 0
+    if resume and checkpoint is not None and Path(checkpoint).exists():
+        state = load_checkpoint(Path(checkpoint), identity)
+        scores, logits, done = [state["scores"]], state["logits"], state["done"]
+    bar = Progress(label, count, count, done=done, enabled=progress, rounds="model")
+    saved = time.monotonic()
+    try:
+        with deferred_interrupt() as interrupted:
+            while done < count:
+                stop = min(count, done + models.per_pass)
+                found = models.logits(_given(weights, done, stop, models))
+                four = ensemble_summary(found, y)[:4]  # of the members
+                accuracy, nll, brier, ece = (values.cpu() for values in four)
+                scores.append(torch.stack([nll, accuracy, brier, ece]))
+                if keep_logits:
+                    logits.append(found.cpu())
+                bar.step(stop - done)
+                done = stop
+                late = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+                if checkpoint is not None and (late or done == count or interrupted.is_set()):
+                    scores, logits = [torch.cat(scores, 1)], logits and [torch.cat(logits)]
+                    state = {"scores": scores[0], "logits": logits, "done": done}
+                    save_checkpoint(Path(checkpoint), identity, state)
+                    saved = time.monotonic()
+                if interrupted.is_set() and done < count:
+                    raise SweepInterrupted(done, count, checkpoint)
+                record = {"epoch": done, "loss": float(nll[-1]), "accuracy": float(accuracy[-1])}
+                bar.epoch(record)
+    finally:
+        bar.close()
+    return Sweep(*torch.cat(scores, 1), torch.cat(logits) if keep_logits else None)
+
+
+class _Models:
+    """One plain network and one that holds several; both take weights and give logits."""
+
+    def __init__(self, model, x, calibration, statistics, batch_size):
+        op, modes = "sweep", (*MODES, "none")
+        require(statistics in modes, op, "statistics", f"one of {modes}", repr(statistics))
+        self.layout, self.batch_size = FlatLayout(model), batch_size
+        self.device = next(model.parameters()).device
+        self.network = copy.deepcopy(model).eval().requires_grad_(False)
+        normed = bool(batch_norms(self.network))
+        bare = statistics != "none" or not normed
+        require(bare, op, "statistics", f"one of {MODES} for a network with batch norms", "'none'")
+        self.rows = None
+        if normed:
+            statistics_mode_(self.network, statistics)
+            if statistics == "recalibrate":
+                rule, got = "rows [N, ...] for statistics='recalibrate'", type(calibration).__name__
+                require(isinstance(calibration, Tensor), op, "calibration", rule, got)
+                same = calibration.shape[1:] == x.shape[1:] and len(calibration) > 0
+                rule = f"[N, {', '.join(map(str, x.shape[1:]))}], as x"
+                require(same, op, "calibration", rule, list(calibration.shape))
+                self.rows = calibration.to(self.device)
+        self.x = x.to(self.device)
+        self.per_pass = 1
+        self.stacks: dict[int, StackedEnsemble] = {}
+
+    def choose(self, count: int, weights: Tensor) -> int:
+        """How many models to run together."""
+        if self.device.type == "cpu":
+            return 1
+        most = min(count, MEMBERS_PER_PASS, max(1, WEIGHT_BYTES // weights.nbytes))
+        if most == 1:
+            return 1
+        try:
+            stack = self._stack(2)
+            self._set(stack.model, weights.expand(2, -1))
+            stack.runs(self.x[: self.batch_size])
+        except ValueError:  # the network cannot be batched
+            return 1
+        return 1 if stack.looped else most
+
+    def logits(self, weights: Tensor) -> Tensor:
+        """Weights [M, P] to logits [M, N, C]."""
+        M = weights.shape[0]
+        if M == 1:
+            self._set(self.network, weights[0])
+            return self._run(self.network)[None]
+        stack = self._stack(M)
+        self._set(stack.model, weights)
+        return self._run(stack)
+
+    def _stack(self, members: int) -> StackedEnsemble:
+        if members not in self.stacks:  # two at most: the last pass may have fewer
+            self.stacks[members] = StackedEnsemble.like(self.network, members, how="batched").eval()
+        return self.stacks[members]
+
+    def _set(self, network: nn.Module, weights: Tensor) -> None:
+        views = self.layout.views(weights)
+        for name, parameter in network.named_parameters():
+            parameter.copy_(views[name])
+
+    def _run(self, network: nn.Module) -> Tensor:
+        if self.rows is not None:
+            recalibrate_(network, self.rows, batch_size=self.batch_size)
+        parts = [network(rows) for rows in self.x.split(self.batch_size)]
+        return torch.cat(parts, -2)
+
+
+def _given(weights: Callable, start: int, stop: int, models: _Models) -> Tensor:
+    """The weights of some models, [stop - start, P] on their device."""
+    op, argument, P = "sweep", f"weights({start}, {stop})", models.layout.P
+    rows: Any = weights(start, stop)
+    rule = f"[{stop - start}, P] with P = {P}"
+    if not isinstance(rows, Tensor):
+        raise TypeError(message(op, argument, f"a Tensor {rule}", type(rows).__name__))
+    require(rows.shape == (stop - start, P), op, argument, rule, list(rows.shape))
+    return rows.to(models.device, models.layout.dtype)
+
+
+def _checksum(*values: Tensor) -> int:
+    """Of what the tensors hold, and of no more than some thousand numbers of each."""
+    check = 0
+    for t in values:
+        flat = t.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 4096)].cpu().double().numpy()
+        check = zlib.crc32(sample.tobytes(), check)
+    return check
