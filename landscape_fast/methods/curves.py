@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,13 @@ from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorSGD
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.splits import check_rows
 from landscape_fast.methods.subspaces import TrainedSubspace
+from landscape_fast.methods.sweep import sweep
 from landscape_fast.methods.trainer import Run
 from landscape_fast.nn.coefficients import Bezier, Line, PolyChain, line
 from landscape_fast.nn.flat import FlatLayout
+from landscape_fast.nn.geometry import arc_length, lengths
 from landscape_fast.nn.subspace import Subspace
-from landscape_fast.ops import combine
+from landscape_fast.ops import combine, gram
 from landscape_fast.ops._checks import require, whole
 
 KINDS = {"bezier": Bezier, "polychain": PolyChain}
@@ -128,6 +131,173 @@ def train_curve(
     history = run.execute(resume, progress)
     curve.move_to_(curve.coefficients.midpoint())
     return TrainedSubspace(curve, [history])
+
+
+class Along(NamedTuple):
+    """What a quantity is along a curve.
+
+    Attributes:
+        start: at t = 0, `end` at t = 1.
+        minimum: over the points, `maximum` and `mean` likewise.
+        integral: over the length of the curve, by the trapezoidal rule, divided by that length.
+        barrier: the most by which it exceeds the straight line between its values at the ends.
+    """
+
+    start: float
+    end: float
+    minimum: float
+    maximum: float
+    mean: float
+    integral: float
+    barrier: float
+
+    @classmethod
+    def of(cls, values: Tensor, t: Tensor, length: Tensor) -> "Along":
+        """Of `values` [S] at positions t [S] and lengths [S] from the start.
+
+        Example:
+            >>> t = torch.tensor([0.0, 1.0])
+            >>> Along.of(torch.tensor([1.0, 3.0]), t, 5 * t)
+            Along(start=1.0, end=3.0, minimum=1.0, maximum=3.0, mean=2.0, integral=2.0, barrier=0.0)
+        """
+        values, t, length = (each.detach().double().cpu() for each in (values, t, length))
+        span = length[-1] - length[0]
+        integral = torch.trapezoid(values, length) / span if span > 0 else values.mean()
+        part = (t - t[0]) / (t[-1] - t[0])
+        over = values - torch.lerp(values[0], values[-1], part)
+        numbers = (values[0], values[-1], values.min(), values.max(), values.mean(), integral)
+        return cls(*map(float, (*numbers, over.max())))
+
+
+class CurveStatistics(NamedTuple):
+    """Networks along a curve; see `curve_statistics`.
+
+    Attributes:
+        t: [S] positions.
+        length: [S], of the curve from its start to each point, in weight space.
+        norm: [S], of the weights.
+        loss: [S], mean cross-entropy, nats.
+        penalized: [S], the loss and l2 / 2 times the squared norm: what `train_curve` lowers.
+        error: [S], fraction of the rows.
+        logits: [S, N, C], or None.
+    """
+
+    t: Tensor
+    length: Tensor
+    norm: Tensor
+    loss: Tensor
+    penalized: Tensor
+    error: Tensor
+    logits: Tensor | None
+
+    def along(self, quantity: str = "loss") -> Along:
+        """Summary of "loss", "penalized" or "error"."""
+        known = ("loss", "penalized", "error")
+        rule = f"one of {known}"
+        require(quantity in known, "CurveStatistics.along", "quantity", rule, repr(quantity))
+        return Along.of(getattr(self, quantity), self.t, self.length)
+
+
+def curve_statistics(
+    curve: Subspace,
+    x: Tensor,
+    y: Tensor,
+    *,
+    points: int = 61,
+    l2: float = 0.0,
+    calibration: Tensor | None = None,
+    statistics: str = "recalibrate",
+    keep_logits: bool = False,
+    **options: Any,
+) -> CurveStatistics:
+    """Evaluates networks at equal steps of t along a curve, many per pass over the rows.
+
+    Args:
+        curve: of `train_curve`, `straight_line` or any subspace whose coefficients have `at(t)`.
+        x: [N, ...] rows.
+        y: [N] int64 classes.
+        points: S, at least 2; the authors have 61.
+        l2: of the penalized loss: the `weight_decay` of the training.
+        calibration: training rows, on which the batch norm statistics of every point are taken
+            anew; needed where there are batch norms.
+        statistics: of batch norms; see `landscape_fast.methods.sweep.sweep`.
+        keep_logits: keep the logits of all points, for `pair_ensemble`.
+        options: batch_size, per_pass, label, checkpoint, resume and progress of `sweep`.
+
+    Returns:
+        `CurveStatistics`, on the CPU. Norms and lengths are from the Gram matrix of the anchors, in
+        float64.
+
+    Source: Garipov et al. 2018 (arXiv:1802.10026), section 3 and the authors' evaluation.
+    """
+    rule = "an integer of at least 2"
+    require(whole(points, 2), "curve_statistics", "points", rule, points)
+    t = torch.linspace(0, 1, points, dtype=torch.float64)
+    coeffs = curve.coefficients.at(t)
+    found = sweep(
+        curve.network(),
+        lambda first, last: curve.mix(coeffs[first:last]).detach(),
+        points,
+        x,
+        y,
+        statistics=statistics,
+        calibration=calibration,
+        keep_logits=keep_logits,
+        **options,
+    )
+    K = coeffs.shape[1]
+    with torch.no_grad():
+        products = gram(curve.mix(torch.eye(K))).cpu()
+    norm, loss = lengths(coeffs, products), found.loss.double().cpu()
+    return CurveStatistics(
+        t,
+        arc_length(coeffs, products),
+        norm,
+        loss,
+        loss + 0.5 * l2 * norm.square(),
+        1 - found.accuracy.double().cpu(),
+        found.logits if keep_logits else None,
+    )
+
+
+class PairEnsemble(NamedTuple):
+    """Ensembles of the first network of a curve and each of the others.
+
+    Attributes:
+        error: [S], fraction of the rows.
+        loss: [S], nats, of the mean probabilities.
+    """
+
+    error: Tensor
+    loss: Tensor
+
+
+def pair_ensemble(logits: Tensor, y: Tensor) -> PairEnsemble:
+    r"""The ensembles of :math:`\phi(0)` and :math:`\phi(t)` along a curve.
+
+    Args:
+        logits: [S, N, C] of the networks along the curve, the first at t = 0; see
+            `curve_statistics`.
+        y: [N] int64 classes.
+
+    Source: Garipov et al. 2018 (arXiv:1802.10026), section 4: how far along a curve a network has
+        to be for an ensemble with the first to be worth it.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0]], [[0.0, 9.0]]])
+        >>> pair_ensemble(logits, torch.tensor([1])).error
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    require(logits.ndim == 3, "pair_ensemble", "logits", "[S, N, C]", list(logits.shape))
+    rule = f"[N] with N = {logits.shape[1]}"
+    require(y.shape == logits.shape[1:2], "pair_ensemble", "y", rule, list(y.shape))
+    y, error, loss = y.to(logits.device), [], []
+    first = logits[0].double().softmax(-1)
+    for each in logits:  # one point at a time: all in float64 would be large
+        both = (first + each.double().softmax(-1)) / 2
+        error.append((both.argmax(-1) != y).double().mean())
+        loss.append(-both.gather(-1, y[:, None]).log().mean())
+    return PairEnsemble(torch.stack(error).cpu(), torch.stack(loss).cpu())
 
 
 class _CurveRun(Run):
