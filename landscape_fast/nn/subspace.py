@@ -10,8 +10,11 @@ from torch.func import functional_call
 
 from landscape_fast.nn import statistics as norm_statistics
 from landscape_fast.nn._anchors import start_anchors
+from landscape_fast.nn._stacked_build import take_guard
 from landscape_fast.nn.flat import FlatLayout, Source
+from landscape_fast.nn.stacked import StackedEnsemble
 from landscape_fast.ops._checks import message, require
+from landscape_fast.ops._dispatch import transforming
 from landscape_fast.ops.combine import combine
 
 _STALE = "statistics_stale"
@@ -125,6 +128,7 @@ class Subspace(nn.Module):
             rows = torch.cat([rows, self.fixed])
             self.anchors.data, self.fixed = rows[:T], rows[T:]
         self._rows = rows
+        object.__setattr__(self, "_stack", None)  # the network M times, made when it is needed
         # `functional_call` puts another in its place, with other rows
         object.__setattr__(self, "_bound", self.anchors)
         self.point = rows.new_zeros(self.layout.P)
@@ -229,7 +233,9 @@ class Subspace(nn.Module):
             x: [B, ...], the same rows for all points.
             coeffs: [K] for one point; [M, K] or [M, L, K] for M. None draws in training mode, and
                 in evaluation mode takes the current point.
-            points: draw M points in training mode; None draws one.
+            points: draw M points in training mode; None draws one. M networks run as a
+                `StackedEnsemble` where that batches them, which leaves running statistics alone
+                (unless `statistics` is "shared"), and one after another elsewhere.
 
         Returns:
             What the network returns; for `points` or [M, ...] coefficients with M in front.
@@ -252,13 +258,26 @@ class Subspace(nn.Module):
             coeffs = self.coeffs
         before, self._guard.stale = self._guard.stale, stale
         try:
-            each = [self._run(w, x) for w in self._weights(coeffs).unbind(0)]
+            weights = self._weights(coeffs)
+            if single:
+                return functional_call(self.model, self.layout.views(weights[0]), (x,))
+            return self._at_many(weights, x)
         finally:
             self._guard.stale = before
-        return each[0] if single else torch.stack(each)
 
-    def _run(self, weights: Tensor, x: Tensor):
-        return functional_call(self.model, self.layout.views(weights), (x,))
+    def _at_many(self, weights: Tensor, x: Tensor) -> Tensor:
+        """[M, P], [B, ...] -> [M, B, ...], in one pass where that is the faster way."""
+        # running statistics that nobody reads may be those of a stand-in
+        free = self.training and self.statistics != "shared"
+        if free and not (torch.compiler.is_compiling() or transforming()):
+            if self._stack is None or self._stack.members != len(weights):
+                plain = copy.deepcopy(self.model)
+                take_guard(plain, [])  # it is for evaluation, and hooks stand in the way of a loop
+                object.__setattr__(self, "_stack", StackedEnsemble.like(plain, len(weights)))
+            if self._stack.train().runs(x) == "batched":
+                return self._stack.run(self.layout.views(weights), x)
+        views = map(self.layout.views, weights.unbind(0))
+        return torch.stack([functional_call(self.model, view, (x,)) for view in views])
 
     def _anchors_moved(self) -> bool:
         return not torch.compiler.is_compiling() and self.anchors._version != self._mixed
@@ -318,7 +337,7 @@ class Subspace(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        derived = ("_rows", "_bound", "point", "point_grad")
+        derived = ("_rows", "_bound", "_stack", "point", "point_grad")
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict) -> None:

@@ -47,7 +47,8 @@ def oracle(net, subspace, coeffs, rows, dtype):
         spread = c.expand(len(sizes), -1).repeat_interleave(sizes, 0).T  # [K, P]
         leaves = layout.views((spread * anchors).sum(0))
         leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-        output = functional_call(net, leaves, (x,))
+        given = x.to(dtype) if x.is_floating_point() else x
+        output = functional_call(net, leaves, (given,))
         found = torch.autograd.grad(F.cross_entropy(output, y), leaves.values())
         g = FlatLayout(net).flatten(dict(zip(leaves, found, strict=True)))
         danchors = danchors + spread * g
@@ -115,6 +116,31 @@ def test_training_mode_draws_and_evaluation_mode_does_not(net, rows):
     middle = subspace(x)
     assert torch.equal(middle, subspace(x))  # the midpoint, until something is drawn
     assert_as_exact("model", subspace.model(x), middle, middle)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_many_points_in_one_pass_are_many_passes(layerwise):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(9, 5), torch.arange(9) % 3
+    subspace = make(net, Bezier(3), layerwise=layerwise, trained=[True, True, False])
+    shape = (4, len(subspace.layout), 3) if layerwise else (4, 3)
+    coeffs = torch.randn(shape, requires_grad=True)
+    before = subspace.model[1].running_mean.clone()
+    outputs = subspace(x, coeffs)
+    assert subspace._stack.runs(x) == "batched"  # not the way of `functional_call`
+    assert torch.equal(subspace.model[1].running_mean, before)
+    loss = sum(F.cross_entropy(output, y) for output in outputs)
+    dcoeffs, found = torch.autograd.grad(loss, [coeffs, subspace.anchors])
+    danchors = oracle(net, subspace, coeffs, (x, y), torch.float32)[2].clone()
+    danchors[:2] = found
+    got = (outputs.detach(), None, danchors, dcoeffs)
+    check(("outputs", "", "danchors", "dcoeffs"), got, net, subspace, coeffs, (x, y))
+    assert subspace(x, points=2).shape == (2, 9, 3)
+    subspace.statistics = "shared"  # which somebody will read
+    assert_as_exact("one by one", subspace(x, coeffs), outputs, outputs.double())
+    assert not torch.equal(subspace.model[1].running_mean, before)
+    assert_as_exact("copied", copy.deepcopy(subspace)(x, coeffs), outputs, outputs.double())
 
 
 def test_a_layerwise_draw_is_one_per_module(net):
