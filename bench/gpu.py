@@ -78,6 +78,7 @@ def parts(device: str, quick: bool, out: Path) -> list[Part]:
         bench("ensemble_summary", 20),
         bench("hyper_batch_conv2d", 15),
         bench("pairwise_disagreement", 12),
+        bench("member_batch_norm", 12),
         bench("gram", 12),
         bench("perturb", 12),
         Part("sanitizers", [*test, "tests/gpu/test_sanitizer.py", "-k", "not memcheck"], 120),

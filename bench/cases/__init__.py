@@ -10,8 +10,11 @@ OPS = (
     "pairwise_divergence",
     "ensemble_summary",
     "combine",
+    "anchor_step",
+    "subspace_step",
     "gram",
     "perturb",
+    "member_batch_norm",
     "pairwise_disagreement",
     "tabm_step",
 )

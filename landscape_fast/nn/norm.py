@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from landscape_fast.nn._rank_one import check_member
 from landscape_fast.nn.functional import check_count
 from landscape_fast.ops._checks import message, require
+from landscape_fast.ops.member_batch_norm import member_batch_norm
 
 LAYOUTS = ("member_major", "batch_major", "folded")
 
@@ -134,28 +135,14 @@ class _EnsembleBatchNorm(_PerMember, nn.modules.batchnorm._BatchNorm):
         """Shapes as described above."""
         M, batch_major = self.members, self.layout == "batch_major"
         self._check(x)
-        if self.layout == "folded":
-            x = x.unflatten(0, (M, x.shape[0] // M))
-        elif x.ndim == self._pixels[0] + 2:
+        if self.layout != "folded" and x.ndim == self._pixels[0] + 2:
             x = x.unsqueeze(1 if batch_major else 0)
             x = x.expand(-1, M, *x.shape[2:]) if batch_major else x.expand(M, *x.shape[1:])
-        values, how = self._settings()
-        if batch_major or x.ndim == 3:  # one pass over M * F features
-            x = x if batch_major else x.transpose(0, 1)
-            flat = (None if v is None else v.flatten() for v in values)
-            y = F.batch_norm(x.flatten(1, 2), *flat, *how).unflatten(1, x.shape[1:3])
-            y = y if batch_major else y.transpose(0, 1)
-            return y.flatten(0, 1) if self.layout == "folded" else y
-        # The images of one member are a view as they are, of any memory format; members beside
-        # the features would take a copy before and one after: 50 ms instead of 29 for a step with
-        # M = 4, B = 32, F = 64 and 16 x 16 pixels (one thread of a Xeon, torch 2.13).
-        rows = [[None] * M if v is None else v.unbind(0) for v in values]
-        each = zip(x.unbind(0), *rows, strict=True)
-        y = torch.cat([F.batch_norm(one, *own, *how) for one, *own in each])
-        return y if self.layout == "folded" else y.unflatten(0, (M, -1))
+        values, options = self._settings()
+        return member_batch_norm(x, *values, **options, layout=self.layout, members=M)
 
-    def _settings(self) -> tuple[tuple, tuple]:
-        """Statistics and affine [M, F], and the options of `F.batch_norm`, as in nn.BatchNorm2d."""
+    def _settings(self) -> tuple[tuple, dict]:
+        """Affine and statistics [M, F], and the options of the op, as in nn.BatchNorm2d."""
         step = self.momentum or 0.0
         tracks = self.training and self.track_running_stats
         if tracks and self.num_batches_tracked is not None:
@@ -164,7 +151,8 @@ class _EnsembleBatchNorm(_PerMember, nn.modules.batchnorm._BatchNorm):
                 step = 1.0 / float(self.num_batches_tracked)
         fixed = not self.training and self.running_mean is not None
         stats = (self.running_mean, self.running_var) if fixed or tracks else (None, None)
-        return (*stats, self.weight, self.bias), (not fixed, step, self.eps)
+        options = {"training": not fixed, "momentum": step, "eps": self.eps}
+        return (self.weight, self.bias, *stats), options
 
     def _check(self, x: Tensor) -> None:
         M, n, folded = self.members, self.num_features, self.layout == "folded"
@@ -209,9 +197,8 @@ class EnsembleBatchNorm2d(_EnsembleBatchNorm):
         members: M.
         eps: as in `nn.BatchNorm2d`, and so `momentum`, `affine` and `track_running_stats`.
         layout: "member_major": x [M, B, F, H, W], or [B, F, H, W] shared by all members ->
-            [M, B, F, H, W]; "batch_major": [B, M, F, H, W]; "folded": [M*B, F, H, W]. The
-            batch-major layout takes one pass, the others one per member without copies.
-            Channels-last memory is kept by these.
+            [M, B, F, H, W]; "batch_major": [B, M, F, H, W]; "folded": [M*B, F, H, W].
+            Channels-last memory stays.
         device: of the parameters; `dtype` likewise.
 
     `nn.SyncBatchNorm.convert_sync_batchnorm` does not apply; `swa_utils.update_bn` does.

@@ -36,6 +36,10 @@ from landscape_fast.ops.hyper_batch_linear import (
     hyper_batch_linear,
     hyper_batch_linear_reference,
 )
+from landscape_fast.ops.member_batch_norm import (
+    member_batch_norm,
+    member_batch_norm_reference,
+)
 from landscape_fast.ops.pairwise_divergence import (
     pairwise_disagreement,
     pairwise_disagreement_reference,
@@ -70,6 +74,8 @@ __all__ = [
     "hyper_batch_l2_reference",
     "hyper_batch_linear",
     "hyper_batch_linear_reference",
+    "member_batch_norm",
+    "member_batch_norm_reference",
     "pairwise_disagreement",
     "pairwise_disagreement_reference",
     "pairwise_divergence",

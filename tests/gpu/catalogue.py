@@ -26,6 +26,10 @@ from landscape_fast.ops.hyper_batch_linear import (
     hyper_batch_linear,
     hyper_batch_linear_reference,
 )
+from landscape_fast.ops.member_batch_norm import (
+    member_batch_norm,
+    member_batch_norm_reference,
+)
 from landscape_fast.ops.pairwise_divergence import (
     pairwise_disagreement,
     pairwise_disagreement_reference,
@@ -303,6 +307,32 @@ def _perturb_entries():
         yield Entry(name, "perturb", *calls, make(one_model))
 
 
+def _norm(order):
+    def make(scale):
+        M, B, channels, side = 3, 19 * scale, 18, 9
+        parameters = [1 + 0.3 * torch.randn(M, channels), torch.randn(M, channels)]
+        if order == "no pixels":
+            return [torch.randn(M, 11 * B, channels), *parameters]
+        if order == "channels-last":
+            return [torch.randn(M, B, side, side, channels).movedim(-1, 2), *parameters]
+        return [torch.randn(M, B, channels, side, side), *parameters]
+
+    return make
+
+
+def _norm_entries():
+    for order in ("contiguous", "channels-last", "no pixels"):
+        for activation in (None, "relu"):
+            options = {"training": True, "activation": activation}
+            yield Entry(
+                f"batch norm {order} {activation}",
+                "member_batch_norm",
+                partial(member_batch_norm, **options),
+                partial(member_batch_norm_reference, **options),
+                _norm(order),
+            )
+
+
 ENTRIES = (
     *_linear_entries(),
     *_hyper_entries(),
@@ -338,6 +368,7 @@ ENTRIES = (
         partial(_of_list, gram_reference),
         _whole(_listed),
     ),
+    *_norm_entries(),
     *_divergence_entries(),
     Entry(
         "disagreement of int64 labels",

@@ -11,7 +11,8 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = ("memcheck", "racecheck", "synccheck", "initcheck")
-KERNELS = ("combine", "gram", "ensemble", "hyper_batch", "sum_parts", "pairwise", "landscape_fast")
+KERNELS = ("combine", "gram", "ensemble", "hyper_batch", "sum_parts", "pairwise", "member_batch")
+KERNELS += ("landscape_fast",)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -15,6 +15,7 @@ from landscape_fast.nn import (
     EnsembleLayerNorm,
     FoldedEnsemble,
 )
+from landscape_fast.ops import member_batch_norm
 from landscape_fast.testing import check_layer
 
 M, B, F = 3, 5, 4
@@ -110,25 +111,27 @@ def test_batch_norm_keeps_channels_last(layout):
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_batch_major_takes_one_pass_and_images_no_copy(monkeypatch):
+def test_a_layer_is_one_call_of_the_op(monkeypatch):
+    """With what F.batch_norm would be given, in every layout; a shared batch is not copied."""
     calls = []
-    batch_norm = nn.functional.batch_norm
 
-    def spy(x, *args):
-        calls.append((list(x.shape), x.untyped_storage().data_ptr()))
-        return batch_norm(x, *args)
+    def spy(x, *tensors, **options):
+        calls.append((x, tensors, options))
+        return member_batch_norm(x, *tensors, **options)
 
-    monkeypatch.setattr(nn.functional, "batch_norm", spy)
-    x = torch.randn(B, M, F)
-    EnsembleBatchNorm1d(F, M, layout="batch_major")(x)
-    EnsembleBatchNorm1d(F, M)(x.transpose(0, 1))
-    assert [shape for shape, _ in calls] == [[B, M * F]] * 2
-    assert all(pointer == x.untyped_storage().data_ptr() for _, pointer in calls)
-    calls.clear()
-    images = torch.randn(M * B, F, 2, 2)
-    EnsembleBatchNorm2d(F, M, layout="folded")(images)
-    assert len(calls) == M
-    assert all(pointer == images.untyped_storage().data_ptr() for _, pointer in calls)
+    monkeypatch.setattr("landscape_fast.nn.norm.member_batch_norm", spy)
+    for layout in LAYOUTS:
+        layer = EnsembleBatchNorm1d(F, M, layout=layout, momentum=0.3, eps=0.1)
+        x = placed(torch.randn(M, B, F), layout)
+        layer(x)
+        given, tensors, options = calls.pop()
+        own = layer.weight, layer.bias, layer.running_mean, layer.running_var
+        assert given is x and all(a is b for a, b in zip(tensors, own, strict=True))
+        want = {"training": True, "momentum": 0.3, "eps": 0.1, "layout": layout, "members": M}
+        assert options == want
+    x = torch.randn(B, F)
+    EnsembleBatchNorm1d(F, M)(x)
+    assert calls[0][0].data_ptr() == x.data_ptr() and calls[0][0].shape == (M, B, F)
 
 
 LAYER_NORMS = [{}, {"eps": 0.1}, {"bias": False}, {"elementwise_affine": False}]

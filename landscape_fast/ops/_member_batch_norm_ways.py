@@ -1,0 +1,222 @@
+"""What computes `member_batch_norm`: Triton kernels, or the library's batch norm for each member.
+
+The library's runs member by member into one result: its statistics, its application and its
+backward are those of `F.batch_norm`, without the copy that putting M results together would take.
+Where a member has no pixels, members and features are one: M * F features in a single pass.
+"""
+
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from landscape_fast.ops._checks import LOW
+from landscape_fast.ops._library import define
+
+aten = torch.ops.aten
+
+
+@cache
+def _kernels(name: str):
+    """The Triton module, imported when it first runs."""
+    return import_module(f"landscape_fast.kernels.{name}")
+
+
+def member_dims(layout: str) -> tuple[int, int, int]:
+    """(member, row, feature) dimensions of x; "folded" as if unfolded."""
+    return (1, 0, 2) if layout == "batch_major" else (0, 1, 2)
+
+
+def as_members(x: Tensor, members: int, layout: str) -> Tensor:
+    """A view [M, B, F, ...] of x in any layout."""
+    if layout == "folded":
+        return x.unflatten(0, (members, x.shape[0] // members))
+    return x.transpose(0, 1) if layout == "batch_major" else x
+
+
+def from_members(y: Tensor, layout: str) -> Tensor:
+    """The inverse of `as_members`."""
+    if layout == "folded":
+        return y.flatten(0, 1)
+    return y.transpose(0, 1) if layout == "batch_major" else y
+
+
+def _like(x: Tensor, layout: str) -> Tensor:
+    """New memory for a result of the shape of x [M, B, F, ...]: dense, in the order of x.
+
+    Members come first, or rows in the batch-major layout; channels-last where x is.
+    """
+    first = (x.shape[1], x.shape[0]) if layout == "batch_major" else x.shape[:2]
+    features, pixels = x.shape[2], x.shape[3:]
+    if pixels.numel() > 1 and features > 1 and x.stride(2) == 1:
+        y = x.new_empty((*first, *pixels, features)).movedim(-1, 2)
+    else:
+        y = x.new_empty((*first, features, *pixels))
+    return y.transpose(0, 1) if layout == "batch_major" else y
+
+
+def _in_one(x: Tensor, layout: str) -> Tensor | None:
+    """x [M, B, F, ...] as [B, M * F, ...], where that is a view or x has no pixels."""
+    if layout != "batch_major" and x[0, 0, 0].numel() != 1:
+        return None
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _rows(tensors, count: int) -> list:
+    return [[None] * count if t is None else t.unbind(0) for t in tensors]
+
+
+def _wide(tensors, x: Tensor) -> list[Tensor | None]:
+    """Parameters beside 16-bit x in float32, as statistics then are, too."""
+    return [t.float() if t is not None and x.dtype in LOW else t for t in tensors]
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def _stats(x, running_mean, running_var, layout, momentum, backend):
+    mean, var = _stats_fake(x, running_mean, running_var, layout, momentum, backend)
+    if backend == "triton":
+        run = _kernels("member_batch_norm").member_batch_norm_stats
+        run(_flat(x), running_mean, running_var, mean, var, momentum)
+        return mean, var
+    moved = _wide((running_mean, running_var), x)
+    flat = _in_one(x, layout)
+    if flat is not None:
+        found = _update(flat, *[None if t is None else t.flatten() for t in moved], momentum)
+        for own, values in zip((mean, var), found, strict=True):
+            own.copy_(values.view_as(own))
+    else:
+        for one, *targets in zip(x.unbind(0), *_rows((mean, var, *moved), len(x)), strict=True):
+            found = _update(one, *targets[2:], momentum)
+            for own, values in zip(targets[:2], found, strict=True):
+                own.copy_(values)
+    for own, values in zip((running_mean, running_var), moved, strict=True):
+        if own is not None and own is not values:
+            own.copy_(values)
+    return mean, var
+
+
+def _update(x, running_mean, running_var, momentum):
+    """(mean, biased variance) of x [B, F, ...]; the library moves the running ones."""
+    if running_mean is None and x.dtype in LOW:  # it takes the dtype of the results from them
+        running_mean, running_var = x.new_zeros((2, x.shape[1]), dtype=torch.float32)
+    return aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
+
+
+def _stats_fake(x, running_mean, running_var, layout, momentum, backend):
+    dtype = torch.float32 if x.dtype in LOW else x.dtype
+    shape = (x.shape[0], x.shape[2])
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+stats_op = define(
+    "member_batch_norm_stats(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " str layout, float momentum, str backend) -> (Tensor, Tensor)",
+    _stats,
+    _stats_fake,
+)
+
+
+# -- application -----------------------------------------------------------------------------------
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x [M, B, F, ...] as [M, B, F, S], a copy only where no stride leads through the pixels."""
+    return x.unsqueeze(-1) if x.ndim == 3 else x.flatten(3)
+
+
+def _apply(x, weight, bias, mean, var, layout, eps, relu, backend):
+    y = _like(x, layout)
+    if backend == "triton":
+        kernels = _kernels("member_batch_norm")
+        norm = kernels.Norm(weight, bias, mean, var, eps)
+        kernels.member_batch_norm_fwd(_flat(x), norm, relu, _flat(y))
+        return y
+    given = _wide((weight, bias, mean, var), x)
+    nothing = given[2].new_empty(0)
+    outs = {"save_mean": nothing, "save_invstd": nothing}
+    flat = _in_one(x, layout)
+    if flat is None:
+        for one, own, *row in zip(x.unbind(0), y.unbind(0), *_rows(given, len(x)), strict=True):
+            aten.native_batch_norm.out(one, *row, False, 0.0, eps, out=own, **outs)
+    else:
+        given = [None if t is None else t.flatten() for t in given]
+        target = _in_one(y, layout)
+        aten.native_batch_norm.out(flat, *given, False, 0.0, eps, out=target, **outs)
+        if target.data_ptr() != y.data_ptr():
+            y.copy_(target.unflatten(1, (len(x), -1)).transpose(0, 1))
+    return y.relu_() if relu else y
+
+
+def _apply_fake(x, weight, bias, mean, var, layout, eps, relu, backend):
+    return _like(x, layout)
+
+
+apply_op = define(
+    "member_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, str layout,"
+    " float eps, bool relu, str backend) -> Tensor",
+    _apply,
+    _apply_fake,
+)
+
+
+# -- backward --------------------------------------------------------------------------------------
+
+
+def _backward(dy, x, weight, bias, mean, var, layout, eps, training, relu, need_x, need_p, backend):
+    dx, dweight, dbias = _backward_fake(
+        dy, x, weight, bias, mean, var, layout, eps, training, relu, need_x, need_p, backend
+    )
+    if backend == "triton":
+        norm = _kernels("member_batch_norm").Norm(weight, bias, mean, var, eps)
+        run = _kernels("member_batch_norm_backward").member_batch_norm_bwd
+        outputs = [t if t.numel() else None for t in (dx, dweight, dbias)]
+        flat = None if outputs[0] is None else _flat(dx)
+        run(_flat(dy), _flat(x), norm, training, relu, flat, *outputs[1:])
+        return dx, dweight, dbias
+    if relu:
+        y = _apply(x, weight, bias, mean, var, layout, eps, True, backend)
+        dy = aten.threshold_backward(dy, y, 0)
+    weight, mean, var = _wide((weight, mean, var), x)
+    rstd = (var.double() + eps).rsqrt().to(var.dtype)  # rounded once, as the library does
+    mask = [need_x, need_p and weight is not None, need_p]
+    options = (training, eps, mask)
+    flat, dflat = _in_one(x, layout), _in_one(dy, layout)
+    outputs = [t if t.numel() else None for t in (dx, dweight, dbias)]
+    if flat is not None:
+        rows = [None if t is None else t.flatten() for t in (weight, mean, var, mean, rstd)]
+        found = aten.native_batch_norm_backward(dflat, flat, *rows, *options)
+        outputs[0] = None if outputs[0] is None else dx.transpose(0, 1)
+        _take(outputs, found)
+        return dx, dweight, dbias
+    M = len(x)
+    rows = _rows((dy, x, weight, mean, var, mean, rstd), M)
+    for own, *row in zip(zip(*_rows(outputs, M), strict=True), *rows, strict=True):
+        _take(own, aten.native_batch_norm_backward(*row, *options))
+    return dx, dweight, dbias
+
+
+def _take(outputs, found) -> None:
+    for own, values in zip(outputs, found, strict=True):
+        if own is not None:
+            own.copy_(values.view(own.shape))
+
+
+def _backward_fake(
+    dy, x, weight, bias, mean, var, layout, eps, training, relu, need_x, need_p, backend
+):
+    """Empty where nothing is wanted."""
+    dx = _like(x, layout) if need_x else x.new_empty(0)
+    params = [t if t is not None and need_p else None for t in (weight, bias)]
+    return dx, *[x.new_empty(0) if t is None else t.new_empty(mean.shape) for t in params]
+
+
+backward_op = define(
+    "member_batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean,"
+    " Tensor var, str layout, float eps, bool training, bool relu, bool need_x, bool need_p,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

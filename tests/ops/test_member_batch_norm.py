@@ -1,0 +1,440 @@
+"""member_batch_norm on every backend: the definition in float64, and F.batch_norm per member."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from landscape_fast.nn import EnsembleBatchNorm1d
+from landscape_fast.ops import _member_batch_norm_ways as ways
+from landscape_fast.ops import member_batch_norm, member_batch_norm_reference
+from landscape_fast.testing import (
+    assert_as_exact,
+    check_hessian,
+    check_op,
+    check_registered,
+    check_transforms,
+    fenced,
+)
+
+BACKENDS = ["torch", "triton"]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # not to be trusted when interpreted
+]
+LAYOUTS = ["member_major", "batch_major", "folded"]
+# (M, B, F, *pixels): features or pixels next to one another, many or few; the last three in two
+# splits. Many channels: with few, whose rounding errors are the largest is a matter of chance.
+SHAPES = [(3, 5, 14), (2, 3, 40, 1, 1), (3, 190, 11, 3, 2), (1, 33, 4, 19, 17), (2, 301, 33)]
+ORDERS = ["contiguous", "channels_last"]
+
+
+def statistics(weight):
+    """Running mean and variance to start from: fresh tensors with the same values every time."""
+    ramp = torch.linspace(0, 1, weight.numel(), dtype=weight.dtype, device=weight.device)
+    return [(2 * ramp - 1).view(weight.shape), (ramp + 0.5).view(weight.shape)]
+
+
+def with_statistics(function):
+    """The op as a function of x, weight and bias."""
+
+    def call(x, weight, bias, **options):
+        options.setdefault("training", True)
+        return function(x, weight, bias, *statistics(weight), **options)
+
+    return call
+
+
+op, reference = with_statistics(member_batch_norm), with_statistics(member_batch_norm_reference)
+
+
+def inputs(shape, layout="member_major", order="contiguous", device="cpu", **options):
+    """x in a layout, far from standard in every channel, and weight and bias."""
+    M, B, features, *pixels = shape
+    channel = torch.arange(M * features, dtype=torch.float32).view(
+        M, 1, features, *[1] * len(pixels)
+    )
+    # drawn first: `check_op` seeds its gradient as the tests are, and dx of dy = x is zero
+    parameters = torch.randn(M, features), torch.randn(M, features)
+    x = torch.randn(shape) * (1 + channel % 3) + channel % 5 - 2
+    first = {"member_major": (M, B), "batch_major": (B, M), "folded": (M * B,)}[layout]
+    x = x.transpose(0, 1) if layout == "batch_major" else x
+    x = x.reshape(*first, features, *pixels).contiguous()
+    if order == "channels_last":
+        x = x.movedim(len(first), -1).contiguous().movedim(-1, len(first))
+    return [t.to(device, **options) for t in (x, *parameters)]
+
+
+def members_of(x, M, layout):
+    if layout == "folded":
+        return x.unflatten(0, (M, -1))
+    return x.transpose(0, 1) if layout == "batch_major" else x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_the_definition(shape, dtype, backend, device):
+    given = inputs(shape, device=device)
+    cases = [(True, "relu"), (False, "relu"), (True, None), (False, None)]
+    for training, activation in cases[: 4 if shape in SHAPES[:3] else 2]:
+        options = {"training": training, "activation": activation}
+        check_op(op, reference, given, dtype=dtype, backend=backend, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_every_layout_and_order_of_memory(training, layout, order, backend, device):
+    for shape in [(3, 4, 15, 3, 2), (2, 3, 40)]:
+        given = inputs(shape, layout, order, device)
+        options = {"layout": layout, "training": training, "backend": backend}
+        check_op(op, reference, given, **options)
+        y = op(*given, **options)
+        assert y.stride() == given[0].stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 5, 14), (2, 200, 13, 3, 2)], ids=str)
+def test_three_steps_are_those_of_batch_norm_for_each_member(shape, layout, backend, device):
+    """Outputs, gradients and running statistics of two training steps and an evaluation."""
+    M, _, features = shape[:3]
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    weight, bias = inputs(shape, dtype=dtype, device=device)[1:]
+    running = statistics(weight)
+    mine = [s.clone() for s in running]
+    exact = [s.double() for s in running]
+    plain = [s.clone() for s in running]
+    for step in range(3):
+        options = {"training": step < 2, "momentum": 0.3, "eps": 1e-3}
+        x = inputs(shape, layout, dtype=dtype, device=device)[0].requires_grad_()
+        y = member_batch_norm(x, weight, bias, *mine, layout=layout, backend=backend, **options)
+        incoming = torch.randn_like(y)
+
+        def each(x, *tensors, options=options):
+            rows = zip(members_of(x, M, layout), *tensors, strict=True)
+            return torch.stack([F.batch_norm(*row, **options) for row in rows])
+
+        results = []
+        for kind, stats in ((dtype, plain), (torch.float64, exact)):
+            x2 = x.detach().to(kind).requires_grad_()
+            want = each(x2, *stats, weight.to(kind), bias.to(kind))
+            dy = members_of(incoming, M, layout).to(kind)
+            results.append((want, torch.autograd.grad(want, x2, dy)[0]))
+        got = members_of(y, M, layout), torch.autograd.grad(y, x, incoming)[0]
+        for name, *three in zip(("y", "dx"), got, *results, strict=True):
+            if dtype == torch.float64:
+                torch.testing.assert_close(three[0], three[1])
+            else:
+                assert_as_exact(name, *three)
+        for name, *three in zip(("mean", "var"), mine, plain, exact, strict=True):
+            if dtype == torch.float64:
+                torch.testing.assert_close(three[0], three[1])
+            else:
+                assert_as_exact(name, *three)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_far_from_zero_keep_their_digits(backend, device):
+    """A sum of squares in float32 would leave none of the variance: it is 1e-8 of the square."""
+    x = 1e4 + torch.randn(2, 700, 3, device=device)
+    mean, var = torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device)
+    member_batch_norm(x, None, None, mean, var, training=True, momentum=1.0, backend=backend)
+    torch.testing.assert_close(mean.double(), x.double().mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), x.double().var(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_none(backend, device):
+    x, weight, bias = inputs((3, 5, 14, 2, 2), device=device)
+    for given in ((x, None, None), (x, weight, None), (x, None, bias)):
+
+        def call(function):
+            return lambda *tensors, **options: function(*tensors, training=True, **options)
+
+        check_op(call(member_batch_norm), call(member_batch_norm_reference), given, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_float32_parameters_beside_16_bit_rows(dtype, backend, device):
+    """As under autocast: statistics and gradients of parameters stay in float32."""
+    x, weight, bias = inputs((3, 50, 4), device=device)
+    x = x.to(dtype)
+    running = statistics(weight)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y = member_batch_norm(*leaves, *running, training=True, backend=backend)
+    grads = torch.autograd.grad(y.float().square().sum(), leaves)
+    assert y.dtype == dtype and [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    truth = [s.double() for s in statistics(weight)]
+    want = member_batch_norm_reference(*exact, *truth, training=True)
+    true_grads = torch.autograd.grad(want.square().sum(), exact)
+    for got, right in zip((*running, *grads[1:]), (*truth, *true_grads[1:]), strict=True):
+        bound = 1e-6 if got.requires_grad is False and got is running[0] else 2**-8
+        assert (got.double() - right).norm() <= bound * right.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_offsets_and_shared_rows(backend, device):
+    x, weight, bias = inputs((3, 6, 15, 4, 3), device=device)
+    wide = fenced(torch.randn(3, 6, 17, 4, 5, device=device))[:, :, 1:16, :, 1:4]
+    for given in (x[:, ::2], x.transpose(3, 4), x[:1].expand(3, -1, -1, -1, -1), wide):
+        check_op(op, reference, (given, weight, bias), backend=backend, fence=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_autograd_hands_over_with_strange_strides(backend, device):
+    tensors = [t.requires_grad_() for t in inputs((2, 5, 40, 3, 2), device=device)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    for loss in (
+        lambda y: y.sum() + y[:, 1:3].square().sum(),
+        lambda y: (y.transpose(2, 4) * torch.arange(40.0, device=device)).sum() + y.pow(3).mean(),
+    ):
+        got = torch.autograd.grad(loss(op(*tensors, backend=backend)), tensors)
+        plain = torch.autograd.grad(loss(reference(*tensors)), tensors)
+        truth = torch.autograd.grad(loss(reference(*exact)), exact)
+        for three in zip(got, plain, truth, strict=True):
+            assert_as_exact("gradient", *three)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for(backend, device):
+    for wanted in ((0,), (1,), (2,), (0, 2)):
+        tensors = inputs((2, 5, 4, 3, 2), device=device)
+        leaves = [tensors[i].requires_grad_() for i in wanted]
+        for training in (True, False):
+            got = torch.autograd.grad(
+                op(*tensors, backend=backend, training=training).sin().sum(), leaves
+            )
+            want = torch.autograd.grad(reference(*tensors, training=training).sin().sum(), leaves)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_every_time(backend, device):
+    tensors = [t.requires_grad_() for t in inputs((2, 300, 3, 2, 2), device=device)]
+
+    def run():
+        y = op(*tensors, backend=backend)
+        return [y, *torch.autograd.grad(y.sin().sum(), tensors)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_a_pass_for_all_members_where_there_are_no_pixels(monkeypatch):
+    """On CPUs; images are read where they are, a member at a time."""
+    seen = []
+    update = ways._update
+    monkeypatch.setattr(ways, "_update", lambda x, *args: seen.append(x) or update(x, *args))
+    x, *_ = tensors = inputs((3, 5, 4), "batch_major")
+    op(*tensors, layout="batch_major")
+    assert [list(t.shape) for t in seen] == [[5, 12]] and seen[0].data_ptr() == x.data_ptr()
+    seen.clear()
+    op(*inputs((3, 5, 4, 1, 1)))
+    assert [list(t.shape) for t in seen] == [[5, 12, 1, 1]]
+    seen.clear()
+    x, *_ = tensors = inputs((3, 5, 4, 2, 2), "folded")
+    op(*tensors, layout="folded")
+    assert len(seen) == 3
+    assert all(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in seen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_in_its_channel(backend, device):
+    x, weight, bias = inputs((2, 5, 3), device=device)
+    x[1, 2, 0] = float("nan")
+    y = op(x, weight, bias, backend=backend, activation="relu")
+    assert y[1, :, 0].isnan().all() and y.isnan().sum() == 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_do(backend, device):
+    weight = torch.ones(2, 3, device=device, requires_grad=True)
+    running = statistics(weight.detach())
+    for shape in ((2, 0, 3), (2, 4, 3, 0)):
+        x = torch.empty(shape, device=device, requires_grad=True)
+        y = member_batch_norm(x, weight, None, *running, training=True, backend=backend)
+        assert y.shape == x.shape
+        grads = torch.autograd.grad(y.sum(), (x, weight))
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+    assert torch.equal(running[0], statistics(weight)[0])
+
+
+# -- autograd, transforms, compilation -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_float64_gradients(training, device):
+    tensors = inputs((2, 3, 2, 2), device=device, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def function(*tensors):
+        return op(*tensors, training=training)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_hessians(training, backend, device):
+    given = inputs((2, 3, 2, 2), device=device)
+
+    def definition(*tensors):
+        return reference(*tensors, training=training)
+
+    check_hessian(op, definition, given, backend=backend, training=training)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_and_compile(backend, device):
+    """Without running statistics in training: torch.func does not let a function write them."""
+    given = inputs((2, 3, 2, 2), device=device)
+
+    def call(*tensors, **options):
+        return member_batch_norm(*tensors, training=True, **options)
+
+    def definition(*tensors):
+        return member_batch_norm_reference(*tensors, training=True)
+
+    check_transforms(call, definition, given, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_training_moves_the_running_statistics(backend, device):
+    torch._dynamo.reset()
+    tensors = inputs((2, 3, 2, 2), device=device)
+    tensors[0].requires_grad_()
+
+    def train(x, weight, bias, mean, var):
+        return member_batch_norm(x, weight, bias, mean, var, training=True, backend=backend).sin()
+
+    compiled = torch.compile(train, backend="aot_eager", fullgraph=True)
+    mine, want = statistics(tensors[1]), statistics(tensors[1])
+    for _ in range(2):
+        y, right = compiled(*tensors, *mine), train(*tensors, *want)
+        torch.testing.assert_close(y, right)
+        for a, b in zip(mine, want, strict=True):
+            torch.testing.assert_close(a, b)
+        grads = [torch.autograd.grad(z.sum(), tensors[0])[0] for z in (y, right)]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registered_ops(backend, device):
+    x, weight, bias = inputs((2, 3, 4, 2, 2), device=device)
+    mean, var = statistics(weight)
+    layout = "member_major"
+    check_registered(ways.stats_op, (x, mean, var, layout, 0.1, backend))
+    check_registered(ways.apply_op, (x, weight, bias, mean, var, layout, 1e-5, True, backend))
+    check_registered(
+        ways.backward_op,
+        (x, x, weight, bias, mean, var, layout, 1e-5, True, True, True, True, backend),
+    )
+
+
+def test_meta_tensors_have_the_shapes_and_strides_of_results():
+    for order in ORDERS:
+        x, weight, bias = inputs((2, 3, 4, 3, 2), order=order)
+        want = op(x, weight, bias)
+        meta = [t.to("meta") for t in (x, weight, bias)]
+        y = member_batch_norm(*meta, *statistics(meta[1]), training=True)
+        assert y.device.type == "meta" and y.stride() == want.stride()
+
+
+def test_a_layer_without_momentum_averages_over_its_batches(device):
+    """momentum None of nn.BatchNorm: the op is told 1 / n."""
+    layer = EnsembleBatchNorm1d(3, 2, momentum=None).to(device)
+    batches = [torch.randn(2, 5, 3, device=device) for _ in range(4)]
+    for x in batches:
+        layer(x)
+    mean = torch.stack([x.mean(1) for x in batches]).mean(0)
+    torch.testing.assert_close(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, torch.stack([x.var(1) for x in batches]).mean(0))
+
+
+X, W = torch.randn(2, 5, 3), torch.randn(2, 3)
+ERRORS = [
+    (lambda: member_batch_norm([1.0], training=True), TypeError, r"x must be a Tensor \[M, B, F, "),
+    (
+        lambda: member_batch_norm(X[0], training=True),
+        ValueError,
+        r"x must be \[M, B, F, ...\]; got",
+    ),
+    (
+        lambda: member_batch_norm(X.long(), training=True),
+        ValueError,
+        "x must be one of float32, bfloat16, float16, float64; got torch.int64",
+    ),
+    (
+        lambda: member_batch_norm(X, W[:1], training=True),
+        ValueError,
+        r"weight must be \[M, F\] with M = 2, F = 3; got \[1, 3\]",
+    ),
+    (
+        lambda: member_batch_norm(X, W.double(), training=True),
+        ValueError,
+        "weight must be of the dtype of x, float32; got float64",
+    ),
+    (
+        lambda: member_batch_norm(X, None, None, W, training=True),
+        ValueError,
+        "running_var must be given exactly where running_mean is; got None",
+    ),
+    (
+        lambda: member_batch_norm(X, training=False),
+        ValueError,
+        "running_mean must be given in evaluation; got None",
+    ),
+    (
+        lambda: member_batch_norm(X, None, None, W.t().contiguous().t(), W, training=True),
+        ValueError,
+        r"running_mean must be contiguous; got strides \(1, 2\)",
+    ),
+    (
+        lambda: member_batch_norm(X[:, :1], training=True),
+        ValueError,
+        r"x must be of more than one number per channel in training; got \[2, 1, 3\]",
+    ),
+    (
+        lambda: member_batch_norm(X[0], training=True, layout="folded"),
+        ValueError,
+        "members must be given where no tensor .* tells M; got None; pass members=",
+    ),
+    (
+        lambda: member_batch_norm(X[0], W, training=True, layout="folded"),
+        ValueError,
+        r"x must be \[M\*B, F, ...\] with M = 2; got \[5, 3\]",
+    ),
+    (
+        lambda: member_batch_norm(X, training=True, members=3),
+        ValueError,
+        "members must be M = 2; got 3",
+    ),
+    (
+        lambda: member_batch_norm(X, training=True, layout="tabm"),
+        ValueError,
+        r"layout must be one of \('member_major', 'batch_major', 'folded'\); got 'tabm'",
+    ),
+    (
+        lambda: member_batch_norm(X, training=True, activation="gelu"),
+        ValueError,
+        "activation must be None or 'relu'; got 'gelu'",
+    ),
+    (
+        lambda: member_batch_norm(X, training=True, momentum=1.5),
+        ValueError,
+        r"momentum must be a number in \[0, 1\]; got 1.5",
+    ),
+    (lambda: member_batch_norm(X, training=True, eps=-1.0), ValueError, "eps must be a number of "),
+]
+
+
+@pytest.mark.parametrize("call, kind, text", ERRORS)
+def test_errors(call, kind, text):
+    with pytest.raises(kind, match=f"^member_batch_norm: {text}"):
+        call()
