@@ -12,6 +12,7 @@ STUDIES = {
     "garipov2018": "curves between optima; FGE against Snapshot Ensembles and independent networks",
     "gorishniy2024": "TabM, and 8 of its 32 members, against an MLP and a deep ensemble on tables",
     "wenzel2020": "hyper-deep and hyper-batch against deep ensembles and BatchEnsemble on digits",
+    "wortsman2021": "lines, curves and simplexes trained in one run, against single networks, SWA",
 }
 SIZES = ("tiny", "small", "full")
 
