@@ -58,6 +58,12 @@ _MIXED = {
     "x tf32 mixed 32": _pixels(128, 32, 32, 4, 2),
     "x ieee mixed 32": _pixels(64, 32, 16, 4, 2),
 }
+_INSTEAD = {  # where the ones above spill
+    (80, "fwd tf32 32"): _pixels(128, 32, 32, 8, 3),
+    (100, "fwd half thin"): _pixels(128, 32, 32, 4, 2),
+    (100, "fwd ieee thin"): _pixels(64, 32, 16, 4, 2),
+}
+_SPILLS = {(100, "weight half boxes 256")}  # there the next narrower tile serves
 SHIPPED: dict[tuple[int, str], Config] = {
     (a, f"{stage} {kind} {width}"): _renamed(stage, conv.SHIPPED[a, f"{stage} {kind} {width}"])
     for a in ARCHS
@@ -66,7 +72,13 @@ SHIPPED: dict[tuple[int, str], Config] = {
     for width in widths
 }
 SHIPPED |= {(a, bucket): config for a in ARCHS for bucket, config in _MIXED.items()}
-SHIPPED |= {(a, bucket): config for a in (90, 100) for bucket, config in _BOXES.items()}
+SHIPPED |= {
+    (a, bucket): config
+    for a in (90, 100)
+    for bucket, config in _BOXES.items()
+    if (a, bucket) not in _SPILLS
+}
+SHIPPED |= _INSTEAD
 
 
 def candidates(arch: int, stage: str, kind: str, tma: bool = False) -> list[Config]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import aot
 import aot_conv_cases
 import aot_hyper_batch
+import aot_subspace_conv_cases
 import aot_norm_cases
 import aot_subspace_linear
 import torch
@@ -42,6 +43,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from (Case(*case) for case in aot_conv_cases.cases(arch, TENSOR_CORES))
     yield from _combine(arch)
     yield from (Case(*case) for case in aot_hyper_batch.cases(arch, TENSOR_CORES))
+    yield from (Case(*case) for case in aot_subspace_conv_cases.cases(arch, TENSOR_CORES))
     yield from (Case(*case) for case in aot_norm_cases.cases(arch, TENSOR_CORES))
     yield from _gram(arch)
     yield from (Case(*case) for case in aot_subspace_linear.cases(arch, TENSOR_CORES))
