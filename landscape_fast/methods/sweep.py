@@ -224,8 +224,10 @@ class _Models:
 
     def choose(self, count: int, weights: Tensor) -> int:
         """How many models to run together."""
-        if self.device.type == "cpu":
-            return 1
+        return 1 if self.device.type == "cpu" else self.together(count, weights)
+
+    def together(self, count: int, weights: Tensor) -> int:
+        """How many can; `weights` [1, P] are those of one of them."""
         most = min(count, MEMBERS_PER_PASS, max(1, WEIGHT_BYTES // weights.nbytes))
         if most == 1:
             return 1

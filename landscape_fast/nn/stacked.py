@@ -89,7 +89,7 @@ class StackedEnsemble(nn.Module):
         self._loop = MemberLoop(plain, self.model)
         convolves = any(isinstance(m, StackedConv) for m in self.model.modules())
         self._slow_on_cpu = convolves or bool(self.looped)
-        self._tried: dict[bool, str] = {}  # train mode -> why it cannot be batched, or ""
+        self._tried: dict[tuple[bool, bool], str] = {}  # mode, own -> why not batched, or ""
 
     @classmethod
     def like(cls, model: nn.Module, members: int, *, how: str = "auto") -> "StackedEnsemble":
@@ -136,8 +136,9 @@ class StackedEnsemble(nn.Module):
             return "loop"
         device = next((t.device.type for t in _leaves(x)), "cpu")
         blind = torch.compiler.is_compiling() or transforming() or device == "meta"
-        if self.training not in self._tried and not blind:
-            self._tried[self.training] = why = self._try(x, own)
+        mode = self.training, own
+        if mode not in self._tried and not blind:
+            self._tried[mode] = why = self._try(x, own)
             remedy = 'use how="loop"'
             rule = "one whose rows can be batched"
             if why and self.how == "batched":
@@ -145,7 +146,7 @@ class StackedEnsemble(nn.Module):
             if why:
                 text = message("StackedEnsemble", "networks", rule, why, "they run in a loop")
                 warnings.warn(text, stacklevel=4)
-        way = "loop" if self._tried.get(self.training) else "batched"
+        way = "loop" if self._tried.get(mode) else "batched"
         ok = hooked is None or (way == "batched" and self.how != "loop")
         rule = "without forward hooks, or run batched"
         require(
