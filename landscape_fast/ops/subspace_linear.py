@@ -1,26 +1,31 @@
 """A linear layer of M members whose weights are mixed from K anchors, or are their own."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from landscape_fast.ops import _subspace_linear_ways as ways
+from landscape_fast.ops import _dispatch
 from landscape_fast.ops._dispatch import (
+    KERNEL_DTYPES,
     autocast_input,
     declare,
+    free,
     pick,
-    reference_backward,
-    rounded,
     transforming,
     wants_grad,
-    wants_graph,
     without_autocast,
 )
+from landscape_fast.ops._subspace_linear_autograd import apply, definition
 from landscape_fast.ops._subspace_linear_checks import OP, check, check_types
-from landscape_fast.ops._subspace_linear_plan import Plan, composed_plan
-from landscape_fast.ops.combine import combine, combine_reference
+from landscape_fast.ops._subspace_linear_plan import (
+    PLAIN,
+    Plan,
+    composed_plan,
+    forced_plan,
+    plan_for,
+)
+from landscape_fast.ops.combine import combine
 
-declare(OP)
+declare(OP, triton=KERNEL_DTYPES)
 
 
 def subspace_linear(
@@ -47,7 +52,10 @@ def subspace_linear(
             `anchors`. None: M = K, and each member has a weight of its own.
         bias: [K, O], mixed as the weights are, of the dtype of `anchors`; None for zero.
         layout: "member_major", "batch_major" or "folded".
-        backend: "auto" or "torch"; see `landscape_fast.show_config`.
+        backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`. "auto" takes, for
+            each shape, what is expected to be quicker: a kernel that mixes the weights of its
+            tiles, `combine` before kernels for own weights, or before the library calls that
+            "torch" names.
 
     Returns:
         [M, B, O], [B, M, O] or [M*B, O] in the dtype of `x`. The order of its elements in memory
@@ -81,21 +89,18 @@ def subspace_linear(
     if transforming() or x.numel() == 0 or anchors.numel() == 0 or not members:
         with without_autocast(x.device.type):
             return subspace_linear_reference(x, anchors, coeffs, bias, layout=layout)
-    weight, shift = anchors, bias
-    if coeffs is not None:
-        weight, shift = _mixed(coeffs, anchors, bias, backend)
-    if members == 1 and x.dtype == weight.dtype and name == "torch":
-        return _alone(x, weight, shift, layout)
     if layout == "folded":
         rows = x.unflatten(0, (members, x.shape[0] // members))
     else:
         rows = x.transpose(0, 1) if layout == "batch_major" and x.ndim == 3 else x
-    plan = _plan(name, rows, weight)
     batch_major = layout == "batch_major"
-    if wants_grad(x, weight, shift):
-        y = _MemberLinear.apply(rows, weight, shift, batch_major, plan)
-    else:
-        y = _forward(rows, weight, shift, batch_major, plan.y)
+    plan = _plan(name, backend, rows, anchors, coeffs, bias)
+    if coeffs is not None and plan.y != "mixed":
+        anchors, bias = _mixed(coeffs, anchors, bias)
+        coeffs = None
+    if plan.y == "plain" and x.dtype == anchors.dtype:
+        return _alone(x, anchors, bias, layout)
+    y = apply(rows, anchors, coeffs, bias, batch_major, plan)
     return y.flatten(0, 1) if layout == "folded" else y.transpose(0, 1) if batch_major else y
 
 
@@ -108,19 +113,17 @@ def subspace_linear_reference(
     layout: str = "member_major",
 ) -> Tensor:
     """The definition: every backend is tested against this, run in float64."""
-    if coeffs is not None:
-        anchors = combine_reference(coeffs, anchors)
-        bias = None if bias is None else combine_reference(coeffs, bias)
     if layout == "folded":
-        M = anchors.shape[0]
-        y = ways.definition(x.unflatten(0, (M, x.shape[0] // M if M else 0)), anchors, bias)
-        return y.flatten(0, 1)
-    batch_major = layout == "batch_major"
-    y = ways.definition(x.transpose(0, 1) if batch_major and x.ndim == 3 else x, anchors, bias)
-    return y.transpose(0, 1) if batch_major else y
+        M = anchors.shape[0] if coeffs is None else coeffs.shape[0]
+        rows = x.unflatten(0, (M, x.shape[0] // M if M else 0))
+        return definition(rows, anchors, coeffs, bias).flatten(0, 1)
+    if layout == "member_major":
+        return definition(x, anchors, coeffs, bias)
+    rows = x.transpose(0, 1) if x.ndim == 3 else x
+    return definition(rows, anchors, coeffs, bias).transpose(0, 1)
 
 
-def _mixed(coeffs, anchors, bias, backend):
+def _mixed(coeffs, anchors, bias):
     """Weights and biases of the members, in one launch."""
     if bias is None:
         return combine(coeffs, [anchors])[0], None
@@ -135,43 +138,15 @@ def _alone(x, weight, bias, layout):
     return y if dim is None else y.unsqueeze(dim)
 
 
-def _plan(name, x, weight) -> Plan:
+def _plan(name, backend, x, anchors, coeffs, bias) -> Plan:
     """How to run: as forced, or else as the tables say."""
-    return composed_plan(x.device.type, x.ndim == 2, x.shape[-2], weight.shape[1])
-
-
-def _forward(x, weight, bias, batch_major, way):
-    weight, bias = rounded(x.dtype, weight, bias)
-    with without_autocast(x.device.type):
-        return ways.forward(x, weight, bias, batch_major, way)
-
-
-class _MemberLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, batch_major, plan):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.plan = plan
-        return _forward(x, weight, bias, batch_major, plan.y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        with without_autocast(dy.device.type):  # gradients stay in the dtypes of the op
-            if wants_graph():
-                found = reference_backward(ways.definition, (x, weight, bias), needs, dy)
-            else:
-                found = _gradients(dy, x, weight, bias, needs, ctx.plan)
-        return *found, None, None
-
-
-def _gradients(dy, x, weight, bias, needs, plan):
-    dx = dweight = dbias = None
-    if needs[0]:
-        (low,) = rounded(x.dtype, weight)
-        dx = ways.input_gradient(dy, low, plan.dx)
-    if needs[1]:
-        dweight = ways.weight_gradient(dy, x, weight.dtype, plan.dweight)
-    if needs[2]:
-        dbias = dy.sum(1, dtype=bias.dtype)
-    return dx, dweight, dbias
+    members = anchors.shape[0] if coeffs is None else coeffs.shape[0]
+    shared = x.ndim == 2
+    if backend == "triton" or _dispatch.FORCED == "triton":
+        return forced_plan(shared, coeffs)
+    B, O = x.shape[-2], anchors.shape[1]
+    if members == 1 and x.dtype == anchors.dtype:
+        return PLAIN
+    if name == "torch" or free(B, members):
+        return composed_plan(x.device.type, shared, B, O)
+    return plan_for(x, anchors, coeffs, wants_grad(x), wants_grad(anchors, coeffs, bias))

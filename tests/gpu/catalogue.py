@@ -37,6 +37,7 @@ from landscape_fast.ops.pairwise_divergence import (
     pairwise_divergence_reference,
 )
 from landscape_fast.ops.perturb import perturb, perturb_reference
+from landscape_fast.ops.subspace_linear import subspace_linear, subspace_linear_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -333,6 +334,30 @@ def _norm_entries():
             )
 
 
+def _subspace_linear(own, shared=False, M=3, K=2, I=70, O=45):
+    """x, anchors, coefficients unless every member has its own weight, bias."""
+
+    def make(scale):
+        B, i, o = 37 * scale, I * scale, O * scale
+        x = torch.randn(*(() if shared else (M,)), B, i)
+        anchors, bias = torch.randn(M if own else K, o, i) / i**0.5, torch.randn(M if own else K, o)
+        return [x, anchors, bias] if own else [x, anchors, torch.randn(M, K), bias]
+
+    return make
+
+
+def _own_weights(function, x, weight, bias, **options):
+    return function(x, weight, None, bias, **options)
+
+
+def _subspace_linear_entries():
+    op, functions = "subspace_linear", (subspace_linear, subspace_linear_reference)
+    own = [partial(_own_weights, function) for function in functions]
+    yield Entry("subspace linear, mixed", op, *functions, _subspace_linear(False))
+    yield Entry("subspace linear, own weights", op, *own, _subspace_linear(True))
+    yield Entry("subspace linear, shared", op, *own, _subspace_linear(True, True))
+
+
 ENTRIES = (
     *_linear_entries(),
     *_hyper_entries(),
@@ -353,6 +378,7 @@ ENTRIES = (
         _listed,
     ),
     *_perturb_entries(),
+    *_subspace_linear_entries(),
     Entry("gram flat", "gram", gram, gram_reference, _whole(_flat)),
     Entry(
         "gram layers",
