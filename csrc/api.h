@@ -229,6 +229,33 @@ int perturb_cuda(const Perturbation& draw, const MemberElements& weights, void* 
 int perturb_backward_cuda(const Perturbation& draw, const MemberElements& dy,
                           const PerturbGradients& out, void* stream);
 
+// subspace_conv2d of 3 by 3 weights, stride 1, one zero on every side: I and O are 16 or 32 each.
+// float32 is multiplied as tf32, unless `exact`. About so many `blocks` share the work, and each
+// takes several tiles if there are more; 0 for the usual number.
+struct SubspaceConv2d {
+  int64_t M, B, H, W, I, O;
+  Dtype dtype;
+  bool exact;
+  int64_t blocks;
+};
+
+// Pixel (m, b, h, w), 16-byte aligned, its channels of unit stride; strides in elements, stride_m 0
+// where members share the images.
+struct MemberImages {
+  const void* data;
+  int64_t stride_m, stride_b, stride_h, stride_w;
+};
+
+// y [M, B, H, W, O] contiguous; weight [M, O, 3, 3, I] of the dtype; bias [M, O] or null. `turned`
+// is the gradient of x: of dy [M, B, H, W, O] in its place, into [M, B, H, W, I].
+int subspace_conv2d_cuda(const SubspaceConv2d& op, const MemberImages& x, const void* weight,
+                         const float* bias, bool turned, void* y, void* stream);
+
+// parts [count, M, O, 3, 3, I], whose sum over the first is the gradient of the weights.
+int64_t subspace_conv2d_weight_cuda_parts(const SubspaceConv2d& op);
+int subspace_conv2d_weight_cuda(const SubspaceConv2d& op, const MemberImages& x,
+                                const MemberImages& dy, float* parts, void* stream);
+
 int cuda_runtime_version();  // 13000 is 13.0; of the runtime linked in
 int cuda_driver_version();   // 0 without a driver
 const char* cuda_error_string(int error);

@@ -284,6 +284,37 @@ void cuda_perturb_entries(py::module_& m) {
                    "perturb_backward");
         });
 }
+
+// M, B, H, W, I, O, dtype, exact, blocks
+using ConvIntegers = std::array<int64_t, 9>;
+
+SubspaceConv2d conv_at(const ConvIntegers& t) {
+  return {t[0], t[1], t[2], t[3], t[4], t[5], Dtype(t[6]), t[7] != 0, t[8]};
+}
+
+MemberImages images_at(const std::array<int64_t, 5>& t) {  // address, strides
+  return {pointer<const void>(uintptr_t(t[0])), t[1], t[2], t[3], t[4]};
+}
+
+void cuda_conv_entries(py::module_& m) {
+  m.def("subspace_conv2d_cuda",
+        [](const ConvIntegers& op, const std::array<int64_t, 5>& x, uintptr_t weight,
+           uintptr_t bias, bool turned, uintptr_t y, uintptr_t stream) {
+          raise_on(subspace_conv2d_cuda(conv_at(op), images_at(x), pointer<const void>(weight),
+                                        pointer<const float>(bias), turned, pointer<void>(y),
+                                        pointer<void>(stream)),
+                   "subspace_conv2d");
+        });
+  m.def("subspace_conv2d_weight_cuda_parts",
+        [](const ConvIntegers& op) { return subspace_conv2d_weight_cuda_parts(conv_at(op)); });
+  m.def("subspace_conv2d_weight_cuda",
+        [](const ConvIntegers& op, const std::array<int64_t, 5>& x,
+           const std::array<int64_t, 5>& dy, uintptr_t parts, uintptr_t stream) {
+          raise_on(subspace_conv2d_weight_cuda(conv_at(op), images_at(x), images_at(dy),
+                                               pointer<float>(parts), pointer<void>(stream)),
+                   "subspace_conv2d_weight");
+        });
+}
 #endif
 
 }  // namespace
@@ -301,6 +332,7 @@ PYBIND11_MODULE(_C, m) {
   cuda_entries(m);
   cuda_combine_entries(m);
   cuda_perturb_entries(m);
+  cuda_conv_entries(m);
 #else
   m.attr("with_cuda") = false;
 #endif

@@ -187,6 +187,21 @@ def test_backward_reads_and_writes_16_bytes_at_a_time(disassembled):
             assert count(k, r"STG\.E\.128") >= kmax
 
 
+def test_halo_convolutions_multiply_on_tensor_cores(disassembled):
+    """16-bit operands come by matrices; a step is 9 taps, or 8 rows of pixels in a loop."""
+    for name in ("subspace_conv2d_kernel", "subspace_conv2d_weight_kernel"):
+        for k in named(disassembled, rf"{name}<"):
+            single = "float" in k.name
+            assert count(k, r"HMMA\.1688\S*" if single else r"HMMA\.16816\S*") >= 6, k.name
+            assert (count(k, r"LDSM\S*") > 0) != single, k.name
+            assert count(k, r"LDG\.E\.128\S*") >= 1 and count(k, "FFMA") == 0, k.name
+
+
+def test_perturb_reads_and_writes_16_bytes_at_a_time(disassembled):
+    for k in named(disassembled, r"perturb_kernel<"):
+        assert count(k, r"LDG\.E\.128\S*") >= 1 and count(k, r"STG\.E\.128") >= 1, k.name
+
+
 @pytest.mark.parametrize("name", ["row_stats_kernel", "labels_kernel", "summary_kernel"])
 def test_rows_are_read_16_bytes_at_a_time(disassembled, name):
     for k in named(disassembled, name):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from landscape_fast import _extension
+from landscape_fast.ops._compiled import DTYPE_CODES, call_cuda
 from landscape_fast.ops._library import define
 
 ALIGNMENT = 64  # elements; the parts of a buffer start at its multiples, so that stores are wide
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of csrc/api.h
 
 
 class _Blocks(NamedTuple):
@@ -110,7 +110,7 @@ def _fwd_into(weights, coeffs, anchors, sizes, backend):
         return weights.zero_()
     base = _first(anchors)
     if backend == "cuda":
-        _call("combine_cuda", base, rows, *_described(coeffs, base), weights.data_ptr())
+        call_cuda("combine_cuda", base, rows, *_described(coeffs, base), weights.data_ptr())
     else:
         from landscape_fast.kernels import combine as kernels
 
@@ -140,9 +140,9 @@ def _bwd_impl(coeffs, anchors, dweights, sizes, parts, need_coeffs, need_anchors
     elif backend == "cuda":
         if coeffs.ndim == 3 and coeffs.stride(1) == 0:  # there, a stride of 0 means a shared [M, K]
             coeffs = coeffs.contiguous()
-        size = _extension.C.combine_backward_cuda_workspace(rows, _CODES[base.dtype], M, K)
+        size = _extension.C.combine_backward_cuda_workspace(rows, DTYPE_CODES[base.dtype], M, K)
         workspace = base.new_empty(size, dtype=torch.uint8)
-        _call(
+        call_cuda(
             "combine_backward_cuda", base, rows, *_described(coeffs, base), dbase.data_ptr(),
             workspace.data_ptr(), 0 if danchors is None else danchors.data_ptr(),
             0 if dcoeffs is None else dcoeffs.data_ptr(),
@@ -161,9 +161,9 @@ def _bwd_impl(coeffs, anchors, dweights, sizes, parts, need_coeffs, need_anchors
 def _described(coeffs: Tensor, anchors: Tensor) -> tuple[int, ...]:
     stride_m, *stride_l, stride_k = coeffs.stride()
     return (
-        _CODES[anchors.dtype],
+        DTYPE_CODES[anchors.dtype],
         coeffs.data_ptr(),
-        _CODES[coeffs.dtype],
+        DTYPE_CODES[coeffs.dtype],
         coeffs.shape[0],
         coeffs.shape[-1],
         stride_m,
@@ -171,12 +171,6 @@ def _described(coeffs: Tensor, anchors: Tensor) -> tuple[int, ...]:
         stride_k,
         anchors.data_ptr(),
     )
-
-
-def _call(entry: str, like: Tensor, *args) -> None:
-    with torch.cuda.device(like.device):
-        stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(_extension.C, entry)(*args, stream)
 
 
 def _fwd_fake(coeffs, anchors, sizes, backend):

@@ -24,6 +24,11 @@ def launch_cuda(entry: str, like: Tensor, sizes: tuple, arguments: tuple, output
     size = getattr(module, f"{entry}_cuda_workspace")(*sizes)
     workspace = like.new_empty(max(size, 1), dtype=torch.uint8)
     pointers = [t.data_ptr() for t in outputs]
+    call_cuda(f"{entry}_cuda", like, *arguments, workspace.data_ptr(), *pointers)
+
+
+def call_cuda(entry: str, like: Tensor, *arguments) -> None:
+    """Calls `entry` of the compiled module, its last argument the current stream of `like`."""
     with torch.cuda.device(like.device):
         stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(module, f"{entry}_cuda")(*arguments, workspace.data_ptr(), *pointers, stream)
+        getattr(_extension.C, entry)(*arguments, stream)

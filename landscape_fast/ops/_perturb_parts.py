@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast import _extension
-from landscape_fast.ops._compiled import DTYPE_CODES
+from landscape_fast.ops._compiled import DTYPE_CODES, call_cuda
 from landscape_fast.ops._library import define
 
 
@@ -28,7 +28,7 @@ def _fwd_impl(
         _extension.C.perturb(*about, weights.data_ptr(), stride_m, y.data_ptr(), threads)
     else:
         code = DTYPE_CODES[weights.dtype]
-        _launch("perturb_cuda", y, *about, weights.data_ptr(), code, stride_m, y.data_ptr())
+        call_cuda("perturb_cuda", y, *about, weights.data_ptr(), code, stride_m, y.data_ptr())
     return y
 
 
@@ -60,7 +60,7 @@ def _bwd_impl(
             _extension.C.perturb_backward(*about, dy.data_ptr(), stride_m, *places, threads)
         else:
             code = DTYPE_CODES[dy.dtype]
-            _launch("perturb_backward_cuda", dy, *about, dy.data_ptr(), code, stride_m, *places)
+            call_cuda("perturb_backward_cuda", dy, *about, dy.data_ptr(), code, stride_m, *places)
     if dscales is not None:
         dscales.copy_(parts.sum(0, dtype=torch.float64))
     return outputs
@@ -89,12 +89,6 @@ def _described(like, sigma, scales, dropouts, seeds, scale, dropout, seed, first
         stride_m = stride_m if M > 1 and sigma.shape[0] == M else 0
     addresses = [_address(t) for t in (seeds, scales, dropouts, sigma)]
     return (M, P, first_member, seed, *addresses, code, stride_m), scale, dropout
-
-
-def _launch(entry: str, like: Tensor, *arguments) -> None:
-    with torch.cuda.device(like.device):
-        stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(_extension.C, entry)(*arguments, stream)
 
 
 def _fwd_fake(

@@ -16,24 +16,17 @@ weight_gradient(dy, x, dweight, options): fills dweight [M, O, I, kh, kw], float
 """
 
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from landscape_fast.ops import _dispatch
+from landscape_fast.ops import _dispatch, _subspace_conv2d_cuda, _subspace_conv2d_triton
 from landscape_fast.ops._batch_ensemble_conv2d_fused import _images, channels_last, pads_of
 from landscape_fast.ops._batch_ensemble_conv_checks import Conv
 from landscape_fast.ops._library import define
 
 OP = "subspace_conv2d"
-MODULES = {"triton": "_subspace_conv2d_triton", "cuda": "_subspace_conv2d_cuda"}
-
-
-@cache
-def _module(way: str) -> ModuleType:
-    return import_module(f"landscape_fast.ops.{MODULES[way]}")
+MODULES = {"triton": _subspace_conv2d_triton, "cuda": _subspace_conv2d_cuda}
 
 
 @cache
@@ -55,7 +48,7 @@ def obstacle(way: str, x: Tensor, weight: Tensor, conv: Conv) -> str:
     if conv.groups != 1:
         return "groups must be 1"
     shapes = (tuple(x.shape), tuple(weight.shape))
-    return _module(way).obstacle(x.dtype, *shapes, _options(conv))
+    return MODULES[way].obstacle(x.dtype, *shapes, _options(conv))
 
 
 def usable(x: Tensor, weight: Tensor, conv: Conv) -> tuple[str, ...]:
@@ -82,7 +75,7 @@ def _forward_fake(x, weight, coeffs, bias, stride, pads, dilation, way):
 
 def _forward_impl(x, weight, coeffs, bias, stride, pads, dilation, way):
     y = _forward_fake(x, weight, coeffs, bias, stride, pads, dilation, way)
-    _module(way).forward(x, weight, coeffs, bias, y, (stride, pads, dilation))
+    MODULES[way].forward(x, weight, coeffs, bias, y, (stride, pads, dilation))
     return y
 
 
@@ -92,20 +85,20 @@ def _input_gradient_fake(dy, x, weight, coeffs, stride, pads, dilation, way):
 
 def _input_gradient_impl(dy, x, weight, coeffs, stride, pads, dilation, way):
     dx = _input_gradient_fake(dy, x, weight, coeffs, stride, pads, dilation, way)
-    _module(way).input_gradient(dy, weight, coeffs, dx, (stride, pads, dilation))
+    MODULES[way].input_gradient(dy, weight, coeffs, dx, (stride, pads, dilation))
     return dx
 
 
 def _weight_gradient_fake(dy, x, kernel, stride, pads, dilation, way):
     sizes, I = (dy.shape[0], dy.shape[2]), x.shape[2]
-    if _module(way).CHANNELS_LAST:
+    if MODULES[way].CHANNELS_LAST:
         return x.new_empty((*sizes, *kernel, I), dtype=torch.float32).permute(0, 1, 4, 2, 3)
     return x.new_empty((*sizes, I, *kernel), dtype=torch.float32)
 
 
 def _weight_gradient_impl(dy, x, kernel, stride, pads, dilation, way):
     dweight = _weight_gradient_fake(dy, x, kernel, stride, pads, dilation, way)
-    _module(way).weight_gradient(dy, x, dweight, (stride, pads, dilation))
+    MODULES[way].weight_gradient(dy, x, dweight, (stride, pads, dilation))
     return dweight
 
 

@@ -27,7 +27,7 @@ from landscape_fast.ops._subspace_conv2d_kernels import OP, obstacle, usable
 from landscape_fast.ops._subspace_conv2d_plan import Plan, Problem, choose, composed_plan
 from landscape_fast.ops.combine import combine
 
-declare(OP, triton=KERNEL_DTYPES)
+declare(OP, triton=KERNEL_DTYPES, cuda=KERNEL_DTYPES)
 
 
 def subspace_conv2d(

@@ -87,4 +87,26 @@ int shim_perturb_backward(const int64_t* draw, float scale, float dropout, const
                                nullptr);
 }
 
+static SubspaceConv2d conv_at(const int64_t* t) {
+  return {t[0], t[1], t[2], t[3], t[4], t[5], Dtype(t[6]), t[7] != 0, t[8]};
+}
+
+static MemberImages images_at(const int64_t* t) {
+  return {reinterpret_cast<const void*>(t[0]), t[1], t[2], t[3], t[4]};
+}
+
+int shim_subspace_conv2d(const int64_t* op, const int64_t* x, const void* weight,
+                         const float* bias, int turned, void* y) {
+  return subspace_conv2d_cuda(conv_at(op), images_at(x), weight, bias, turned != 0, y, nullptr);
+}
+
+int64_t shim_subspace_conv2d_weight_parts(const int64_t* op) {
+  return subspace_conv2d_weight_cuda_parts(conv_at(op));
+}
+
+int shim_subspace_conv2d_weight(const int64_t* op, const int64_t* x, const int64_t* dy,
+                                float* parts) {
+  return subspace_conv2d_weight_cuda(conv_at(op), images_at(x), images_at(dy), parts, nullptr);
+}
+
 }  // extern "C"

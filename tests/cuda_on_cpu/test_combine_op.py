@@ -38,7 +38,7 @@ def _cuda_backend_on_the_cpu(kernels, monkeypatch):
     extension = Extension(kernels)
     monkeypatch.setattr(_combine_parts._extension, "C", extension)
     monkeypatch.setattr(
-        _combine_parts, "_call", lambda entry, like, *args: getattr(extension, entry)(*args, 0)
+        _combine_parts, "call_cuda", lambda entry, like, *args: getattr(extension, entry)(*args, 0)
     )
     monkeypatch.setattr(PAGE, "pick", lambda op, backend, tensor: backend)
 

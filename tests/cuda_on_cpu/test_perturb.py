@@ -30,7 +30,7 @@ class Extension:
 def _cuda_backend_on_the_cpu(kernels, monkeypatch):
     extension = Extension(kernels)
     monkeypatch.setattr(_perturb_parts._extension, "C", extension)
-    monkeypatch.setattr(_perturb_parts, "_launch", extension.launch)
+    monkeypatch.setattr(_perturb_parts, "call_cuda", extension.launch)
     monkeypatch.setattr(PAGE, "pick", lambda op, backend, tensor: backend)
 
 

@@ -134,6 +134,28 @@ def perturbations(kernels):
         kernels.perturb_backward(draw, 1, 0, numbers(dtype, M * P), dtype, P, *outputs)
 
 
+def convolutions(kernels):
+    """x and dy in images with a gap between rows, and after the last row nothing."""
+    for dtype, (I, O), exact in product(ITEMSIZE, [(16, 16), (16, 32), (32, 16), (32, 32)], (0, 1)):
+        M, B, H, W = 2, 2, 3, 5
+        item, images = ITEMSIZE[dtype], []
+        op = filled(struct.pack("<9q", M, B, H, W, I, O, dtype, exact, 3))
+        for C in (I, O):
+            strides = [n * (W + 1) * C for n in (B * H, H, 1)]
+            last = sum(s * (n - 1) for s, n in zip(strides, (M, B, H), strict=True))
+            data = numbers(dtype, last + W * C)
+            images.append(filled(struct.pack("<5q", data, *strides, C)))
+        x, dy, weight = *images, numbers(dtype, M * O * 9 * I)
+        bias = numbers(FLOAT32, M * O)
+        kernels.subspace_conv2d(op, x, weight, bias, 0, empty(item * M * B * H * W * O))
+        kernels.subspace_conv2d(op, dy, weight, None, 1, empty(item * M * B * H * W * I))
+        parts = kernels.subspace_conv2d_weight_parts(op)
+        kernels.subspace_conv2d_weight(op, x, dy, empty(4 * parts * M * O * 9 * I))
+
+
+RUNS = (divergences, disagreements, summaries, combinations, perturbations, convolutions)
+
+
 def breakable(path, mistake):
     run = ctypes.CDLL(path).run_breakable
     run.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int] * 4
@@ -146,6 +168,6 @@ if __name__ == "__main__":
         breakable(sys.argv[1], int(sys.argv[2]))
     else:
         library = Kernels(sys.argv[1])
-        for run in (divergences, disagreements, summaries, combinations, perturbations):
+        for run in RUNS:
             run(library)
         print(f"{library.launches()} launches")
