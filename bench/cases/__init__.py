@@ -13,10 +13,12 @@ OPS = (
     "anchor_step",
     "subspace_step",
     "gram",
+    "subspace_linear",
     "perturb",
     "member_batch_norm",
     "pairwise_disagreement",
     "tabm_step",
+    "sweep",
 )
 
 
