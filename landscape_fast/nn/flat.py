@@ -149,11 +149,15 @@ class FlatLayout:
         """
         fits = w.ndim >= 1 and w.shape[-1] == self.P
         require(fits, "FlatLayout.views", "w", f"[..., P] with P = {self.P}", list(w.shape))
-        cuts = zip(self.names, self.shapes, self.offsets, self.counts, strict=True)
-        return {
-            name: w.narrow(-1, offset, count).view((*w.shape[:-1], *shape))
-            for name, shape, offset, count in cuts
-        }
+        # one split, whose gradient is one concatenation: L slices would be L vectors of zeros
+        parts = w.split(self.sizes, -1)
+        views = {}
+        for name, shape, count, part in zip(
+            self.names, self.shapes, self.counts, parts, strict=True
+        ):
+            own = part if part.shape[-1] == count else part.narrow(-1, 0, count)
+            views[name] = own.view((*w.shape[:-1], *shape))
+        return views
 
     def select(self, predicate: Callable[[str, torch.Size], bool]) -> Tensor:
         """Which parts fulfil a condition.
