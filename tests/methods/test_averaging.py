@@ -99,6 +99,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, method, steps):
     assert again.seconds == resumed.seconds
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", TRAIN)
+def test_on_a_gpu_too(tmp_path, method):
+    expected = TRAIN[method](normed, device="cuda")
+    assert next(expected.model.parameters()).is_cuda
+    options = {"device": "cuda", "directory": tmp_path}
+    with pytest.raises(TrainingInterrupted):
+        TRAIN[method](normed, **options, on_step=interrupt_after(18))
+    resumed = TRAIN[method](normed, **options, resume=True)
+    exact = {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(resumed.model.state_dict(), expected.model.state_dict(), **exact)
+
+
 @pytest.mark.parametrize("method", TRAIN)
 def test_the_batch_norm_statistics_are_those_of_the_new_weights(method):
     x = rows()[0].double()

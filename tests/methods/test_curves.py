@@ -136,6 +136,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, steps):
         train_curve(end, start, *rows(), SGD, directory=tmp_path, resume=True, progress=False)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_too(tmp_path):
+    start, end = (network.cuda() for network in two(normed))
+    expected = train_curve(start, end, *rows(), SGD, progress=False)
+    assert expected.subspace.anchors.is_cuda
+    options = {"directory": tmp_path, "progress": False}
+    with pytest.raises(TrainingInterrupted):
+        train_curve(start, end, *rows(), SGD, **options, on_step=interrupt_after(6))
+    resumed = train_curve(start, end, *rows(), SGD, **options, resume=True)
+    assert torch.equal(resumed.subspace.anchors, expected.subspace.anchors)
+
+
 def test_a_norm_on_the_curve_needs_its_statistics():
     start, end = two(normed)
     x = rows()[0]

@@ -245,6 +245,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, method, steps):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", TRAIN)
+def test_on_a_gpu_too(tmp_path, method):
+    """Networks kept, velocities and noise go through a checkpoint there as well."""
+    expected = TRAIN[method](normed, device="cuda")
+    assert next(expected.model.parameters()).is_cuda
+    with pytest.raises(TrainingInterrupted):
+        options = {"device": "cuda", "directory": tmp_path}
+        TRAIN[method](normed, **options, on_step=interrupt_after(17))
+    resumed = TRAIN[method](normed, **options, resume=True)
+    torch.testing.assert_close(
+        resumed.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0
+    )
+
+
 @pytest.mark.parametrize("method", TRAIN)
 def test_the_first_run_does_not_depend_on_how_many_there_are(method):
     two, one = TRAIN[method](plain, runs=2), TRAIN[method](plain)

@@ -178,6 +178,18 @@ def test_state_and_networks():
     assert not ensemble.training
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [False, True])
+def test_a_gpu_collects_and_draws_the_same(block):
+    ours = collected(snapshots())
+    theirs = Swag(network().cuda(), RANK)
+    for w in snapshots():
+        theirs.collect(w.cuda())
+    torch.testing.assert_close(theirs.moments.cpu(), ours.moments)
+    drawn = theirs.sample(4, seed=1, block=block)
+    torch.testing.assert_close(drawn.cpu(), ours.sample(4, seed=1, block=block))
+
+
 def test_wrong_use_is_refused():
     swag = Swag(network())
     for rank in (1, -1, 2.0):
