@@ -4,6 +4,8 @@ Everything random here depends on the seed, the stream and the epoch only, and i
 every device sees the same batches, and a resumed run needs no stored state.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,17 +41,25 @@ class Batches:
 
     def open(self, epoch: int) -> None:
         """Draws the order of the rows in this epoch, and how each is changed."""
-        rows, size = self.x.shape[0], self.config.batch_size
-        order = epoch_order(rows, self.config.seed, self.stream, epoch, self.members)
-        self.order = order.to(self.x.device).split(size, dim=-1)
-        if self.augment:
-            seed = stream_seed(self.config.seed, self.stream, "augment", epoch)
-            generator = torch.Generator().manual_seed(seed)
-            shape = (*order.shape, 2)
-            shifts = torch.randint(2 * CROP_PADDING + 1, shape, generator=generator)
-            flips = torch.randint(2, order.shape, generator=generator).bool()
-            self.shifts = (shifts - CROP_PADDING).to(self.x.device).split(size, dim=-2)
-            self.flips = flips.to(self.x.device).split(size, dim=-1)
+        self._cut(*self._drawn(epoch, self.stream))
+
+    def _drawn(self, epoch: int, stream: int) -> tuple[Tensor, ...]:
+        """Orders [..., N] of the rows; shifts [..., N, 2] and flips where they are augmented."""
+        order = epoch_order(self.x.shape[0], self.config.seed, stream, epoch, self.members)
+        if not self.augment:
+            return (order,)
+        seed = stream_seed(self.config.seed, stream, "augment", epoch)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (*order.shape, 2)
+        shifts = torch.randint(2 * CROP_PADDING + 1, shape, generator=generator) - CROP_PADDING
+        return order, shifts, torch.randint(2, order.shape, generator=generator).bool()
+
+    def _cut(self, order: Tensor, shifts: Tensor | None = None, flips: Tensor | None = None):
+        size, device = self.config.batch_size, self.x.device
+        self.order = order.to(device).split(size, dim=-1)
+        if shifts is not None:
+            self.shifts = shifts.to(device).split(size, dim=-2)
+            self.flips = flips.to(device).split(size, dim=-1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Batch `index` of the open epoch: x [B, ...] and y [B], or [M, B, ...] and [M, B]."""
@@ -59,6 +69,24 @@ class Batches:
             shifts, flips = self.shifts[index].flatten(0, -2), self.flips[index].flatten()
             x = crop_flip(x.flatten(0, -4), shifts, flips).view(x.shape)
         return x, y
+
+
+class StreamBatches(Batches):
+    """The batches of several runs at once, each with the rows that its own stream gives it.
+
+    Args:
+        x: as for `Batches`, and so `y` and `config`.
+        streams: one stream per run; the batches are x [M, B, ...] and y [M, B].
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, config: TrainConfig, streams: Sequence[int]):
+        super().__init__(x, y, config, 0)
+        self.streams = list(streams)
+
+    def open(self, epoch: int) -> None:
+        """Draws for every stream what a run of that stream alone draws."""
+        drawn = [self._drawn(epoch, stream) for stream in self.streams]
+        self._cut(*(torch.stack(each) for each in zip(*drawn, strict=True)))
 
 
 def crop_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:

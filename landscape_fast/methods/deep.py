@@ -1,7 +1,9 @@
 """Deep ensembles: M networks trained independently, each from its own random start."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -9,28 +11,40 @@ from torch import Tensor, nn
 
 from landscape_fast.landscape.diversity import Diagnosis
 from landscape_fast.methods.config import TrainConfig
+from landscape_fast.methods.deep_together import Failure, TogetherRun, check_network
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
-from landscape_fast.methods.trainer import History, fit
+from landscape_fast.methods.splits import Validation, check_rows, hold_out
+from landscape_fast.methods.trainer import Diverged, History, fit
 from landscape_fast.nn.ensemble import DeepEnsemble
 from landscape_fast.ops._checks import require, whole
+
+TOGETHER = (False, True, "batched", "loop")
+ORDERS = ("own", "shared")
 
 
 class Trained(NamedTuple):
     """What a method returns.
 
     Attributes:
-        model: maps rows [B, ...] to logits [M, B, C]; in evaluation mode.
+        model: maps rows [B, ...] to logits [M, B, C]; in evaluation mode. Without the members that
+            failed.
         histories: one per training run: M for a deep ensemble, one for a BatchEnsemble.
         diversity: how the members differ, where the method measures it.
+        failed: by number, the members of a deep ensemble whose loss or weights stopped being
+            finite.
     """
 
     model: nn.Module
     histories: list[History]
     diversity: Diagnosis | None = None
+    failed: Mapping[int, Failure] = MappingProxyType({})
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of training of each run, over all its epochs, without evaluation."""
+        """Seconds of training of each run, over all its epochs, without evaluation.
+
+        Members trained together share the seconds of an epoch equally.
+        """
         return [sum(epoch["seconds"] for epoch in history) for history in self.histories]
 
 
@@ -41,17 +55,27 @@ def train_deep_ensemble(
     config: TrainConfig,
     *,
     members: int,
+    together: bool | str = False,
+    order: str = "own",
+    validation: Validation | None = None,
+    patience: int = 0,
     device: str | torch.device = "cpu",
     directory: Path | None = None,
     resume: bool = False,
     progress: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> Trained:
-    """Trains M independent networks in turn.
+    """Trains M independent networks, in turn or together.
 
     Member m uses the seed's stream m for its initial weights, the order of its rows and its
     dropout, so it does not depend on M: the first members of a larger ensemble are the smaller
-    ensemble, and a single network is the ensemble of `members=1`.
+    ensemble, and a single network is the ensemble of `members=1`. Together, all members make a
+    step in one pass (`landscape_fast.nn.StackedEnsemble`), each with weights, statistics of norms,
+    state of the optimiser, dropout masks and rows of its own: the results are those of training in
+    turn, to rounding (on a GPU the dropout masks of a batched pass may be others).
+
+    A member whose loss or weights stop being finite ends, and the others go on: it is left out of
+    the model, is warned about, and is found in `Trained.failed`.
 
     Args:
         build: makes an untrained network that maps [B, ...] to [B, C].
@@ -59,46 +83,90 @@ def train_deep_ensemble(
         y: [N] int64 classes.
         config: the settings, the same for every member.
         members: M.
+        together: False trains in turn. True makes one pass for all members where that is faster
+            (elsewhere, for convolutions on a CPU, one after another within a step); "batched" and
+            "loop" insist on one or the other.
+        order: "own": the order of the rows is that of each member's stream; "shared": all members
+            see the batches of stream 0, which one pass reads once.
+        validation: rows for early stopping: (x, y), or a fraction of the training rows, which then
+            are not trained on.
+        patience: epochs without a lower loss on the validation rows after which a member ends, with
+            the weights of its lowest; the others go on. Then also a member that trains to the end
+            has the weights of its lowest loss. 0 for all epochs, and the last weights.
         device: where to train.
-        directory: folder of the checkpoints member-000.pt, ...; None keeps none.
+        directory: folder of the checkpoints member-000.pt, ..., or together.pt; None keeps none.
         resume: continue from the checkpoints found there; finished members are not trained again.
         progress: show progress.
-        on_step: called after every step with the number of steps its member has done.
+        on_step: called after every step with the number of steps its run has done.
 
     Raises:
-        TrainingInterrupted, ValueError, RuntimeError: see `landscape_fast.methods.fit`.
+        TrainingInterrupted, ValueError, RuntimeError: see `landscape_fast.methods.fit`; it is an
+            error that all members fail.
 
     Source: Lakshminarayanan et al. 2017 (arXiv:1612.01474); Fort et al. 2019 (arXiv:1912.02757).
     """
-    require(
-        whole(members, 1),
-        "train_deep_ensemble",
-        "members",
-        "an integer of at least 1",
-        members,
-    )
-    networks, histories = [], []
-    for m in range(members):
-        network = build_member(build, config, m, device)
-        label = f"member {m + 1}/{members}" if members > 1 else "single network"
-        path = None if directory is None else Path(directory) / f"member-{m:03d}.pt"
-        histories.append(
-            fit(
-                network,
-                x,
-                y,
-                config,
-                stream=m,
-                label=label,
-                checkpoint=path,
-                identity={"method": "deep"},
-                resume=resume,
-                progress=progress,
-                on_step=on_step,
-            )
-        )
-        networks.append(network)
-    return Trained(DeepEnsemble(networks).eval(), histories)
+    op = "train_deep_ensemble"
+    require(whole(members, 1), op, "members", "an integer of at least 1", members)
+    rule = f"one of {TOGETHER}"
+    require(together in TOGETHER, op, "together", rule, repr(together))
+    require(order in ORDERS, op, "order", f"one of {ORDERS}", repr(order))
+    require(whole(patience, 0), op, "patience", "an integer of at least 0", patience)
+    both = (validation is None) == (patience == 0)
+    require(both, op, "validation", "given exactly where patience is", validation)
+    check_rows(op, x, y)
+    held = None
+    if validation is not None:
+        x, y, *held = hold_out(op, x, y, validation, config.seed)
+        held = [t.to(device) for t in held]
+    x, y = x.to(device), y.to(device)
+    networks = [build_member(build, config, m, device) for m in range(members)]
+    options = {"shared": order == "shared", "held": held, "patience": patience, "on_step": on_step}
+    folder = None if directory is None else Path(directory)
+    if together:
+        how = "auto" if together is True else together
+        label = f"{members} members together"
+        path = folder and folder / "together.pt"
+        groups = [(list(range(members)), {"how": how, "label": label, "checkpoint": path})]
+    else:
+        labels = [f"member {m + 1}/{members}" for m in range(members)]
+        labels = labels if members > 1 else ["single network"]
+        paths = [folder and folder / f"member-{m:03d}.pt" for m in range(members)]
+        groups = [([m], {"label": labels[m], "checkpoint": paths[m]}) for m in range(members)]
+    alone = not together and order == "own" and not patience
+    histories, failed = [], {}
+    for group, about in groups:
+        chosen = [networks[m] for m in group]
+        if alone:
+            more, lost = _fit(chosen[0], group[0], x, y, config, about, on_step, resume, progress)
+        else:
+            check_network(op, chosen[0], x)
+            run = TogetherRun(chosen, x, y, config, streams=group, **options, **about)
+            run.identity["method"] = "deep"
+            run.execute(resume, progress)
+            more, lost = run.histories, run.put_back()
+        histories += more
+        failed |= lost
+    return Trained(_survivors(networks, failed), histories, None, failed)
+
+
+def _fit(network, m, x, y, config, about, on_step, resume, progress):
+    """(histories, failures) of one member trained by `fit`."""
+    more = {"identity": {"method": "deep"}, "resume": resume, "progress": progress}
+    try:
+        return [fit(network, x, y, config, stream=m, on_step=on_step, **about, **more)], {}
+    except Diverged as error:
+        return [[]], {m: Failure(0, str(error), None)}
+
+
+def _survivors(networks: list[nn.Module], failed: dict[int, Failure]) -> DeepEnsemble:
+    """The members that did not fail, and a word about those that did."""
+    if len(failed) == len(networks):
+        m, first = next(iter(failed.items()))
+        raise Diverged(f"train_deep_ensemble: all members failed; member {m}: {first.reason}")
+    for m, failure in failed.items():
+        text = f"train_deep_ensemble: member {m} failed and is left out: {failure.reason}"
+        warnings.warn(text, stacklevel=3)
+    return DeepEnsemble([n for m, n in enumerate(networks) if m not in failed]).eval()
 
 
 def build_member(

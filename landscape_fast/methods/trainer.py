@@ -181,6 +181,10 @@ class Run:
         self.step, self.sums = state["step"], state["sums"].to(self.device)
         self.seconds, self.history = state["seconds"], state["history"]
 
+    def finished(self) -> bool:
+        """Whether the run ends before its last epoch; asked before each."""
+        return False
+
     def train(self, show_progress: bool) -> None:
         first = self.step // self.steps_per_epoch
         if first >= self.config.epochs:
@@ -196,6 +200,8 @@ class Run:
         try:
             with deferred_interrupt() as interrupted:
                 for epoch in range(first, self.config.epochs):
+                    if self.finished():
+                        break
                     self._epoch(epoch, interrupted, progress)
                     self.save()
                     if interrupted.is_set():
