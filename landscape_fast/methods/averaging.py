@@ -94,8 +94,9 @@ def train_swa(
     Raises:
         TrainingInterrupted, ValueError, RuntimeError: see `landscape_fast.methods.fit`.
 
-    Source: Izmailov et al. 2018 (arXiv:1803.05407), averaged by `torch.optim.swa_utils`; the
-        schedules as in the authors' code and in that of Wortsman et al. 2021 (arXiv:2102.10472).
+    Source: Izmailov et al. 2018 (arXiv:1803.05407), averaged by `torch.optim.swa_utils`. The
+        constant schedule is that of the authors' code, the cyclic one that of the code of Wortsman
+        et al. 2021 (arXiv:2102.10472), with a rate for every step where theirs is for an epoch.
     """
     settings = {"kind": kind, "swa_lr": swa_lr, "collect": collect, "per_epoch": per_epoch}
     plan = _plan("train_swa", config, settings | {"cycles": cycles})
