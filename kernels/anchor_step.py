@@ -19,14 +19,19 @@ from .combine import launch, seen
 
 # (arch, BLOCK_S) -> Config, for up to BLOCK_S anchors. Origin: registers of the compiled code and
 # 16-byte accesses; none of it is timed on a GPU yet.
-_SHIPPED = [(1, 2048, 4), (2, 1024, 4), (4, 512, 4), (8, 256, 4), (16, 128, 4)]
+_SHIPPED = [(1, 1024, 4), (2, 512, 4), (4, 128, 4), (8, 64, 4), (16, 32, 4)]
 SHIPPED = {
     (a, s): Config({"BLOCK_S": s, "BLOCK_P": p}, num_warps=warps, num_stages=1)
     for a in ARCHS
     for s, p, warps in _SHIPPED
 }
-MOST_TILES = 2048  # of a network, beside one for each part: their products are added in one program
+MOST_TILES = 8192  # of a network, beside one for each part: their products are added in one program
 SUM_TILE = 8192  # products that one program of anchor_gram_kernel has in flight at most
+
+_NEVER_CONSTANT = [
+    "M", "T", "S", "P", "R", "steps", "coeffs_stride_m", "coeffs_stride_l", "coeffs_stride_s",
+    "penalty_stride_l",
+]  # fmt: skip
 
 
 @triton.jit
@@ -48,13 +53,13 @@ def _penalised(direction, a, s, S, penalty_ptr, pair_ptr, beta):
         i = (pair // (S - 1)).to(tl.int32)
         j = (pair % (S - 1)).to(tl.int32)
         j += (j >= i).to(tl.int32)
-        product = tl.load(penalty_ptr + i * S + j)
-        norm_i = tl.load(penalty_ptr + i * S + i)
-        norm_j = tl.load(penalty_ptr + j * S + j)
-        across = 2 * beta * product / (norm_i * norm_j)
-        on_i = (-across * product / norm_i).to(tl.float32)
-        on_j = (-across * product / norm_j).to(tl.float32)
-        across = across.to(tl.float32)
+        # ratios of float64 sums: float32 is enough for them, and for what they add to
+        product = tl.load(penalty_ptr + i * S + j).to(tl.float32)
+        on_i = product / tl.load(penalty_ptr + i * S + i).to(tl.float32)
+        on_j = product / tl.load(penalty_ptr + j * S + j).to(tl.float32)
+        across = 2 * beta * on_i / tl.load(penalty_ptr + j * S + j).to(tl.float32)
+        on_i *= -across
+        on_j *= -across
         a_i = _row(a, s, i)
         a_j = _row(a, s, j)
         direction += tl.where(s == i, on_i, tl.where(s == j, across, 0.0))[:, None] * a_i[None, :]
@@ -64,12 +69,12 @@ def _penalised(direction, a, s, S, penalty_ptr, pair_ptr, beta):
 
 @triton.jit
 def _bias(step, log_high, log_low):
-    """1 - beta^step for a float64 step, from the logarithm of beta as a sum of two float32."""
-    return 1.0 - tl.exp(step * log_high + step * log_low)
+    """1 - beta^step, worked out in float64 from the logarithm of beta as a sum of two float32."""
+    step = step.to(tl.float64)
+    return (1.0 - tl.exp(step * log_high + step * log_low)).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["M", "T", "S", "P", "R", "steps", "coeffs_stride_m",
-                               "coeffs_stride_l", "coeffs_stride_s", "penalty_stride_l"])
+@triton.jit(do_not_specialize=_NEVER_CONSTANT)
 def anchor_step_kernel(
     grad_ptr, coeffs_ptr, anchors_ptr, fixed_ptr, first_ptr, second_ptr, step_ptr, lr_ptr,
     table_ptr, selected_ptr, penalty_ptr, pair_ptr, partials_ptr,
@@ -104,8 +109,8 @@ def anchor_step_kernel(
     if KIND >= 1:
         step = tl.load(step_ptr)
     if KIND >= 3:
-        scale = (lr / _bias(step.to(tl.float64) + 1.0, log1_high, log1_low)).to(tl.float32)
-        root = tl.sqrt(_bias(step.to(tl.float64) + 1.0, log2_high, log2_low)).to(tl.float32)
+        scale = lr / _bias(step + 1.0, log1_high, log1_low)
+        root = tl.sqrt(_bias(step + 1.0, log2_high, log2_low))
     products = tl.zeros((BLOCK_S, BLOCK_S), tl.float64)
     for block in range(begin, end, BLOCK_P):
         in_p = block + tl.arange(0, BLOCK_P) < end

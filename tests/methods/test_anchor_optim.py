@@ -1,124 +1,119 @@
-"""Optimisers of subspaces: what autograd and torch.optim do, penalties, schedules, states."""
-
+"""Optimisers of subspaces: what autograd and torch.optim do, with and without penalties."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from methods.anchor_problem import (
+    KINDS,
+    RULES,
+    fused,
+    plain,
+    problem,
+    run,
+    subspace,
+    weights_only,
+)
 
-from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorAdamW, AnchorSGD
-from landscape_fast.nn.coefficients import Bezier, Line, Simplex
-from landscape_fast.nn.subspace import Subspace
+from landscape_fast.methods.anchor_optim import AnchorSGD
 from landscape_fast.testing import assert_as_exact
 
-STEPS = 50
-RULES = {
-    "plain": (AnchorSGD, torch.optim.SGD, {}),
-    "momentum": (AnchorSGD, torch.optim.SGD, {"momentum": 0.9}),
-    "dampening": (AnchorSGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
-    "nesterov": (AnchorSGD, torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
-    "decay": (AnchorSGD, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.01}),
-    "adam": (AnchorAdam, torch.optim.Adam, {"betas": (0.8, 0.99), "weight_decay": 0.01}),
-    "adamw": (AnchorAdamW, torch.optim.AdamW, {"eps": 1e-6, "weight_decay": 0.1}),
-}
-KINDS = {
-    "line": (2, Line(), {}),
-    "layer-wise simplex": (3, Simplex(3), {"layerwise": True}),
-    "curve with fixed ends": (3, Bezier(3), {"trained": (False, True, False)}),
-}
+# every rule on a line, and the two that differ most on everything else
+CASES = [(rule, "line") for rule in RULES]
+CASES += [(rule, kind) for rule in ("dampening", "adamw") for kind in list(KINDS)[1:]]
 
 
-def network():
-    """Smooth, so that rounding does not grow along a training run."""
-    conv = nn.Conv2d(1, 3, 3, padding=1)
-    return nn.Sequential(
-        conv, nn.BatchNorm2d(3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(27, 4)
-    )
+def compare(kind, rule, **penalties):
+    lr = 0.005 if "adam" in rule else 0.05
+    truth = plain(kind, rule, torch.float64, lr, **penalties)
+    exact = fused(kind, rule, torch.float64, lr, **penalties)
+    # float64 noise, grown over 50 steps
+    torch.testing.assert_close(exact, truth, rtol=1e-9, atol=1e-11)
+    got, peer = (f(kind, rule, torch.float32, lr, **penalties) for f in (fused, plain))
+    assert_as_exact(f"{rule} on a {kind}", got, peer, truth)
+    return truth
 
 
-def problem(dtype=torch.float32, device="cpu"):
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(STEPS, 8, 1, 6, 6, generator=generator)
-    y = torch.randint(4, (STEPS, 8), generator=generator)
-    return x.to(device, dtype), y.to(device)
+@pytest.mark.parametrize("rule, kind", CASES)
+def test_equal_to_autograd_and_torch_optim(rule, kind):
+    compare(kind, rule)
 
 
-def subspace(kind="line", dtype=torch.float32, device="cpu", **options):
-    torch.manual_seed(3)
-    K, coefficients, more = KINDS[kind]
-    made = Subspace(network().to(device), K, coefficients, **more, **options)
-    return made.to(dtype)
+@pytest.mark.parametrize("rule, kind", [("decay", "line"), ("adam", "layer-wise simplex")])
+def test_penalties_equal_those_of_autograd(rule, kind):
+    """Large enough to matter: without them the anchors would end elsewhere."""
+    penalties = {"cos2": 2.0, "curve_l2": 0.1}
+    truth = compare(kind, rule, **penalties)
+    lr = 0.005 if "adam" in rule else 0.05
+    for name in penalties:
+        less = plain(kind, rule, torch.float64, lr, **{name: penalties[name]})
+        assert (less - truth).abs().max() > 1e-4
 
 
-def coefficients_of(space):
-    """Of the current point, in the order the user gave."""
-    return torch.empty_like(space.coeffs).index_copy_(
-        -1, torch.tensor(space.order, device=space.coeffs.device), space.coeffs
-    )
+def test_penalties_with_fixed_ends():
+    compare("curve with fixed ends", "momentum", cos2=2.0, curve_l2=0.1)
 
 
-def weights_only(space, w):
-    """The parts of w [..., P] that the cosine penalty is about."""
-    views = space.layout.views(w)
-    return torch.cat([v.flatten(w.ndim - 1) for v in views.values() if v.ndim > w.ndim], -1)
-
-
-def cos2_of_all(space, i, j):
-    every = space.anchors if space.fixed is None else torch.cat([space.anchors, space.fixed])
-    a, b = weights_only(space, every)[[i, j]]
-    return (a @ b) ** 2 / ((a @ a) * (b @ b))
-
-
-def pair_of(code, S):
-    i, j = divmod(code, S - 1)
-    return i, j + (j >= i)
-
-
-def draws(kind, count, seed=7):
-    """Coefficients [1, ...] of every step, and the seed of the pairs."""
-    space, generator = subspace(kind, torch.float64), torch.Generator().manual_seed(seed)
-    return [coefficients_of(space.draw_(generator)).clone() for _ in range(count)]
-
-
-def fused(kind, rule, dtype, lr=0.05, device="cpu", backward=None, **penalties):
-    """Anchors after STEPS steps of ours."""
-    space = subspace(kind, dtype, device)
-    cls, _, options = RULES[rule]
-    generator = torch.Generator(device).manual_seed(11)
-    optimizer = cls(space, lr, **options, **penalties, generator=generator)
-    for step, (c, x, y) in enumerate(zip(draws(kind, STEPS), *problem(dtype, device), strict=True)):
-        if step % 2:  # both homes of the gradient
-            optimizer.zero_grad()
-        space.move_to_(c[0])
-        F.cross_entropy(space.model(x), y).backward()
-        optimizer.step()
-    return space.anchors.detach()
-
-
-def plain(kind, rule, dtype, lr=0.05, cos2=0.0, curve_l2=0.0):
-    """The same by autograd through the mixture, and torch.optim."""
-    space = subspace(kind, dtype)
-    _, cls, options = RULES[rule]
-    generator, S = torch.Generator().manual_seed(11), len(space.order)
-    optimizer = cls([space.anchors], lr, **options)
-    for c, x, y in zip(draws(kind, STEPS), *problem(dtype), strict=True):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(space(x, c)[0], y)
-        if curve_l2:
-            loss = loss + curve_l2 / 2 * space.mix(c).square().sum()
-        if cos2:
-            code = torch.randint(S * (S - 1), (), generator=generator).item() if S > 2 else 0
-            loss = loss + cos2 * cos2_of_all(space, *pair_of(code, S))
-        loss.backward()
-        optimizer.step()
-    return space.anchors.detach()
+# -- the Gram matrix -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rule", RULES)
-def test_equal_to_autograd_and_torch_optim(rule, kind):
-    lr = 0.005 if "adam" in rule else 0.05
-    truth = plain(kind, rule, torch.float64, lr)
-    torch.testing.assert_close(fused(kind, rule, torch.float64, lr), truth, rtol=1e-9, atol=1e-11)
-    args = kind, rule, torch.float32, lr
-    assert_as_exact(f"{rule} on a {kind}", fused(*args), plain(*args), truth)
+def test_gram_is_that_of_the_weights_of_layers(kind):
+    space = subspace(kind)
+    with_penalty, without = AnchorSGD(space, 0.1, cos2=1.0), AnchorSGD(space, 0.1)
+
+    def truth():
+        every = space.anchors if space.fixed is None else torch.cat([space.anchors, space.fixed])
+        rows = weights_only(space, every.detach().double())
+        return rows @ rows.T
+
+    for optimizer in (with_penalty, without):
+        torch.testing.assert_close(optimizer.gram, truth(), rtol=1e-12, atol=1e-12)
+        run(space, optimizer)
+        torch.testing.assert_close(optimizer.gram, truth(), rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            space.anchors.mul_(1.5)  # behind its back
+        torch.testing.assert_close(optimizer.gram, truth(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_a_whole_step_equals_the_steps_one_by_one():
+    """Draw, network, backward, gather, step: no synchronisation, and a schedule on the device."""
+    x, y = (t[0] for t in problem(device="cuda"))
+    results = []
+    for graphed in (False, True):
+        space = subspace("layer-wise simplex", device="cuda").train()
+        lr = torch.tensor(0.0, device="cuda")
+        optimizer = AnchorSGD(space, lr, momentum=0.9, cos2=1.0)
+
+        def step(space=space, optimizer=optimizer):
+            optimizer.zero_grad()
+            space.draw_()
+            F.cross_entropy(space.model(x), y).backward()
+            optimizer.step()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+        torch.cuda.manual_seed(5)
+        for i in range(4):
+            lr.fill_(0.1 / (i + 1))
+            graph.replay() if graphed else step()
+        results.append(space.anchors.detach().clone())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_as_on_the_cpu(kind):
+    options = {"cos2": 1.0, "curve_l2": 0.1} if kind != "layer-wise simplex" else {"curve_l2": 0.1}
+    truth = plain(kind, "decay", torch.float64, **options)
+    got = fused(kind, "decay", torch.float32, device="cuda", **options).cpu()
+    # cuDNN rounds otherwise than the CPU: float32 noise, grown over 50 steps
+    torch.testing.assert_close(got, truth.float(), rtol=1e-3, atol=1e-4)
