@@ -10,6 +10,7 @@ from landscape_fast.ops._checks import FLOATS, check_tensor, message, names
 from landscape_fast.ops._combine_parts import combine_backward_op, combine_op, combine_out_op, views
 from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
+    autocasting,
     declare,
     pick,
     reference_backward,
@@ -138,7 +139,7 @@ def _mix(coeffs: Tensor, anchors: Tensor) -> Tensor:
 def _composite(coeffs, anchors, sizes):
     """The reference, kept from autocast, which would round the parameters."""
     device = coeffs.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocasting(device):
         with torch.autocast(device, enabled=False):
             return combine_reference(coeffs, anchors, sizes=sizes)
     return combine_reference(coeffs, anchors, sizes=sizes)
