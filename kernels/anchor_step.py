@@ -26,7 +26,7 @@ SHIPPED = {
     for s, p, warps in _SHIPPED
 }
 MOST_TILES = 8192  # of a network, beside one for each part: their products are added in one program
-SUM_TILE = 8192  # products that one program of anchor_gram_kernel has in flight at most
+SUM_TILE = 8192  # products that one program of anchor_step_sum_kernel has in flight at most
 
 _NEVER_CONSTANT = [
     "M", "T", "S", "P", "R", "steps", "coeffs_stride_m", "coeffs_stride_l", "coeffs_stride_s",
@@ -172,7 +172,7 @@ def anchor_step_kernel(
 
 
 @triton.jit(do_not_specialize=["R", "tiles", "n"])
-def anchor_gram_kernel(
+def anchor_step_sum_kernel(
     partials_ptr, table_ptr, step_ptr, gram_ptr, R, tiles, n,
     PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -264,6 +264,6 @@ def anchor_step(
             {"PARTS": gram == "parts", "BLOCK_T": block_t, "BLOCK_N": block_n}, 4, num_stages=1
         )
         launch(
-            anchor_gram_kernel, parts, summing, partials, where.data, step,
+            anchor_step_sum_kernel, parts, summing, partials, where.data, step,
             out if gram else None, where.rows, where.tiles, S * S,
         )  # fmt: skip

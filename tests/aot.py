@@ -30,6 +30,7 @@ NAMES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.bool: "i1",
 }
 COUNTED = {  # instruction -> pattern in the PTX
     "wgmma": r"wgmma\.mma_async",

@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 import aot
+import aot_anchor_step
 import aot_conv_cases
 import aot_hyper_batch
 import aot_subspace_conv_cases
@@ -47,6 +48,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from (Case(*case) for case in aot_norm_cases.cases(arch, TENSOR_CORES))
     yield from _gram(arch)
     yield from (Case(*case) for case in aot_subspace_linear.cases(arch, TENSOR_CORES))
+    yield from (Case(*case) for case in aot_anchor_step.cases(arch, TENSOR_CORES))
     yield from _perturb(arch)
 
 
