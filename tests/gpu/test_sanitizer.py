@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = ("memcheck", "racecheck", "synccheck", "initcheck")
 KERNELS = ("combine", "gram", "ensemble", "hyper_batch", "sum_parts", "pairwise", "member_batch")
-KERNELS += ("subspace", "landscape_fast")
+KERNELS += ("subspace", "perturb", "anchor_step", "landscape_fast")
 
 
 @pytest.mark.parametrize("check", CHECKS)
