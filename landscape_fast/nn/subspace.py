@@ -182,7 +182,7 @@ class Subspace(nn.Module):
             generator=generator,
             dtype=self.coeffs.dtype,
         )
-        drawn = drawn.index_select(-1, self._order)
+        drawn = self._ordered(drawn)
         return drawn.view(points, modules, -1)[:, self._groups] if self.layerwise else drawn
 
     def _checked(self, op: str, coeffs: Tensor) -> Tensor:
@@ -196,7 +196,13 @@ class Subspace(nn.Module):
         rule = f"[K], [M, K] or [M, L, K] with K = {K}, L = {L}"
         require(fits, f"Subspace.{op}", "coeffs", rule, list(coeffs.shape))
         coeffs = coeffs.to(device=self.coeffs.device, dtype=self.coeffs.dtype)
-        return (coeffs[None] if coeffs.ndim == 1 else coeffs).index_select(-1, self._order)
+        return self._ordered(coeffs[None] if coeffs.ndim == 1 else coeffs)
+
+    def _ordered(self, coeffs: Tensor) -> Tensor:
+        """[..., K] from the order of the user to trained anchors first; often it is the same."""
+        if self.order == tuple(range(len(self.order))):
+            return coeffs
+        return coeffs.index_select(-1, self._order)
 
     def _one_point(self, op: str, coeffs: Tensor) -> Tensor:
         """[1, K] or [1, L, K] in internal order, from one of these, [K] or [L, K]."""

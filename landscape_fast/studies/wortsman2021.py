@@ -42,6 +42,7 @@ SMALL = Settings(
     train_rows=600,
     blocks=1,
     training=replace(RECIPE, epochs=40, batch_size=50, warmup_epochs=3, augment="none"),
+    seeds=3,
 )
 SIZES = {
     "tiny": replace(
