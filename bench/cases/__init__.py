@@ -18,6 +18,7 @@ OPS = (
     "member_batch_norm",
     "pairwise_disagreement",
     "tabm_step",
+    "deep_together",
     "sweep",
 )
 

@@ -27,11 +27,20 @@ def check(x, anchors, coeffs, bias, layout) -> int:
 
 def _fits(x, anchors, coeffs, bias, layout) -> bool:
     """Whether all is plainly in order, in a microsecond or two: no message is made up."""
-    if coeffs is not None or anchors.ndim != 3 or x.dtype not in FLOATS:
+    dtype, device = x.dtype, x.device
+    if anchors.ndim != 3 or dtype not in FLOATS:
         return False
-    M, O, I = anchors.shape
-    for t, shape in ((anchors, (M, O, I)), (bias, (M, O))):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device or t.shape != shape):
+    K, O, I = anchors.shape
+    M = K
+    if coeffs is not None:
+        if coeffs.ndim != 2 or coeffs.dtype != dtype or coeffs.device != device:
+            return False
+        M = coeffs.shape[0]
+        dense = anchors.is_contiguous() and (bias is None or bias.is_contiguous())
+        if coeffs.shape[1] != K or not dense:
+            return False
+    for t, shape in ((anchors, (K, O, I)), (bias, (K, O))):
+        if t is not None and (t.dtype != dtype or t.device != device or t.shape != shape):
             return False
     if x.ndim == 2:
         fits = x.shape[0] % M == 0 if layout == "folded" and M else layout != "folded"
@@ -79,3 +88,26 @@ def _check_strides(argument: str, t: Tensor) -> None:
         return
     got, remedy = f"strides {tuple(t.stride())}", "call .contiguous() once, outside the loop"
     require(False, OP, argument, "contiguous within each anchor, to be mixed", got, remedy)
+
+
+def alone(x, anchors, coeffs, bias, layout) -> Tensor | None:
+    """The rows [B, I] of the one member that there is, where all is plain; else None.
+
+    Whatever is not plain, or wrong, is for `check` to treat.
+    """
+    if coeffs is not None or not isinstance(anchors, Tensor) or not isinstance(x, Tensor):
+        return None
+    if anchors.ndim != 3 or anchors.shape[0] != 1 or x.dtype != anchors.dtype:
+        return None
+    if x.ndim == 3 and layout != "folded":
+        dim = 1 if layout == "batch_major" else 0
+        if x.shape[dim] != 1:
+            return None
+        x = x.squeeze(dim)
+    known = x.ndim == 2 and layout in LAYOUTS and x.dtype in FLOATS
+    if not known or x.shape[1] != anchors.shape[2] or x.device != anchors.device:
+        return None
+    if bias is None:
+        return x
+    plain = isinstance(bias, Tensor) and bias.shape == anchors.shape[:2]
+    return x if plain and bias.dtype == x.dtype and bias.device == x.device else None

@@ -15,7 +15,7 @@ from landscape_fast.ops._dispatch import (
     without_autocast,
 )
 from landscape_fast.ops._subspace_linear_autograd import apply, definition
-from landscape_fast.ops._subspace_linear_checks import OP, check, check_types
+from landscape_fast.ops._subspace_linear_checks import OP, alone, check, check_types
 from landscape_fast.ops._subspace_linear_plan import (
     PLAIN,
     Plan,
@@ -23,7 +23,7 @@ from landscape_fast.ops._subspace_linear_plan import (
     forced_plan,
     plan_for,
 )
-from landscape_fast.ops.combine import combine
+from landscape_fast.ops.combine import combine, combine_reference
 
 declare(OP, triton=KERNEL_DTYPES)
 
@@ -82,6 +82,9 @@ def subspace_linear(
         >>> subspace_linear(torch.tensor([[2.0, 6.0]]), ends, line)[:, 0, 0]
         tensor([2., 4., 6.])
     """
+    rows = alone(x, anchors, coeffs, bias, layout) if backend in ("auto", "torch") else None
+    if rows is not None:
+        return _plain(rows, anchors, bias, layout)
     check_types(x, anchors, coeffs, bias, layout)
     x, anchors, coeffs, bias = autocast_input(x, anchors, coeffs, bias)
     members = check(x, anchors, coeffs, bias, layout)
@@ -99,7 +102,8 @@ def subspace_linear(
         anchors, bias = _mixed(coeffs, anchors, bias)
         coeffs = None
     if plan.y == "plain" and x.dtype == anchors.dtype:
-        return _alone(x, anchors, bias, layout)
+        rows = x if x.ndim == 2 else x.squeeze(1 if batch_major else 0)
+        return _plain(rows, anchors, bias, layout)
     y = apply(rows, anchors, coeffs, bias, batch_major, plan)
     return y.flatten(0, 1) if layout == "folded" else y.transpose(0, 1) if batch_major else y
 
@@ -125,17 +129,19 @@ def subspace_linear_reference(
 
 def _mixed(coeffs, anchors, bias):
     """Weights and biases of the members, in one launch."""
+    if pick("combine", "auto", anchors) == "torch":  # a microsecond each, without further checks
+        with without_autocast(anchors.device.type):
+            shift = None if bias is None else combine_reference(coeffs, bias)
+            return combine_reference(coeffs, anchors), shift
     if bias is None:
         return combine(coeffs, [anchors])[0], None
     return combine(coeffs, [anchors, bias])
 
 
-def _alone(x, weight, bias, layout):
+def _plain(rows, weight, bias, layout):
     """What a plain layer does, for the one member that there is."""
-    dim = {"member_major": 0, "batch_major": 1}.get(layout)
-    rows = x if x.ndim == 2 else x.squeeze(dim)
     y = F.linear(rows, weight[0], None if bias is None else bias[0])
-    return y if dim is None else y.unsqueeze(dim)
+    return y if layout == "folded" else y.unsqueeze(1 if layout == "batch_major" else 0)
 
 
 def _plan(name, backend, x, anchors, coeffs, bias) -> Plan:
