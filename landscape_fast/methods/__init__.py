@@ -4,7 +4,12 @@ from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorAdamW, AnchorS
 from landscape_fast.methods.averaging import TrainedSwag, train_swa, train_swag
 from landscape_fast.methods.batch import train_batch_ensemble
 from landscape_fast.methods.config import TrainConfig
-from landscape_fast.methods.curves import straight_line, train_curve
+from landscape_fast.methods.curves import (
+    curve_statistics,
+    pair_ensemble,
+    straight_line,
+    train_curve,
+)
 from landscape_fast.methods.cyclic import (
     fge_learning_rate,
     train_csgmcmc,
@@ -64,12 +69,14 @@ __all__ = [
     "WeightedEnsemble",
     "average_prediction",
     "batch_ensemble_recipe",
+    "curve_statistics",
     "ensemble_cross_entropy",
     "fge_learning_rate",
     "fit",
     "gibbs_cross_entropy",
     "load_network",
     "make_optimizer",
+    "pair_ensemble",
     "param_groups",
     "predict",
     "select_members",

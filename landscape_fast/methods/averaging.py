@@ -145,16 +145,28 @@ def train_swag(
     The run is that of `train_swa`; with several runs it is multi-SWAG, a mixture of Gaussians.
 
     Args:
-        build: as for `train_swa`, with x, y, config, kind, swa_lr, collect, per_epoch, cycles,
-            device, resume, progress and on_step.
+        build: makes a network that maps [B, ...] to [B, C]; see `train_swa`.
+        x: [N, ...] training rows.
+        y: [N] int64 classes.
+        config: the settings; see `train_swa`.
         samples: networks drawn from each run's Gaussian, in the ensemble.
         scale: multiplies the covariance; see `Swag`.
         rank: the most deviations kept, or 0 for the diagonal alone.
         block: draws tensor by tensor; see `Swag.sample`.
+        kind: "constant" or "cyclic", of the learning rate; see `train_swa`.
+        swa_lr: the learning rate of the last epochs; of a cycle, its highest.
+        collect: the last epochs, from which at least two networks are collected; None for a
+            quarter of all.
+        per_epoch: with kind="constant", networks per epoch.
+        cycles: with kind="cyclic", cycles in the last epochs.
         runs: independent runs.
         statistics: "recalibrate" takes the batch norm statistics of every sample anew, one pass
             over the training rows for each; "running" leaves those of the last network.
+        device: where to train.
         directory: folder of the checkpoints swag-000.pt, ...; None keeps none.
+        resume: continue from the checkpoints found there.
+        progress: show progress.
+        on_step: called after every step with the number of steps its run has done.
 
     Returns:
         `TrainedSwag`: the ensemble of `runs * samples` networks, the histories, the Gaussians.

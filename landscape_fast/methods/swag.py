@@ -66,6 +66,14 @@ class Swag(nn.Module):
         anchors = torch.zeros(1 + rank, P, dtype=self.layout.dtype, device=device)
         self.register_buffer("anchors", anchors)  # mean, and the ring of deviations
 
+    def _apply(self, fn, recurse: bool = True) -> "Swag":
+        """`.to(device)` moves it; a dtype changes nothing, or the moments would be rounded."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(fn(torch.empty(0, dtype=t.dtype, device=t.device)).device)
+
+        return super()._apply(move, recurse)
+
     def get_extra_state(self) -> dict[str, int]:
         """For `state_dict`."""
         return {"count": self.count}

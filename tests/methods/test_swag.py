@@ -154,6 +154,16 @@ def test_a_sample_depends_on_seed_and_number_only():
     assert len({tuple(row.tolist()) for row in many}) == 5
 
 
+def test_no_dtype_rounds_the_moments():
+    swag = collected(snapshots())
+    expected = swag.sample(2, seed=0)
+    moved = swag.to(torch.bfloat16).half().to("meta").to("meta", torch.float32)
+    assert moved is swag and swag.moments.is_meta and swag.moments.dtype == torch.float64
+    assert swag.anchors.dtype == next(swag.model.parameters()).dtype == torch.float32
+    swag = collected(snapshots()).bfloat16()
+    torch.testing.assert_close(swag.sample(2, seed=0), expected, rtol=0, atol=0)
+
+
 def test_without_low_rank_it_is_the_diagonal():
     swag = collected(snapshots(), rank=0)
     assert swag.anchors.shape[0] == 1 and swag.held == 0
