@@ -24,31 +24,31 @@ CPU = (Target("eager", "must", over="one at a time", ratio=0.95),)
 CUDA = (Target("eager", "must", over="one at a time", ratio=4.0),)
 
 
-def build(name: str, dtype: torch.dtype, device, generator=None) -> nn.Module:
-    """An untrained network in evaluation mode."""
-    model = NETWORKS[name](generator=generator, dtype=dtype)
+def build(name: str, like: torch.Tensor, device=None, generator=None) -> nn.Module:
+    """An untrained network in evaluation mode, for rows like these."""
+    device = like.device if device is None else device
+    model = NETWORKS[name](tuple(like.shape[1:]), generator=generator, dtype=like.dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def make(device, generator, name, S, N):
+def make(device, generator, name, S, N, size):
     """Rows, classes, rows to calibrate on, the corners of a line or a plane, coefficients."""
     on_cpu = torch.Generator().manual_seed(0)
-    model = build(name, torch.float32, device)
-    layout, side = FlatLayout(model), round(S**0.5)
+    x = torch.randn(N, 3, size, size, generator=generator, device=device)
+    rows = torch.randn(min(N, CALIBRATION), *x.shape[1:], generator=generator, device=device)
+    side = round(S**0.5)
     plane = S == side * side
-    corners = [build(name, torch.float32, device, on_cpu) for _ in range(2 + plane)]
+    corners = [build(name, x, generator=on_cpu) for _ in range(2 + plane)]
     t = torch.linspace(0, 1, side if plane else S, device=device)
     points = torch.cartesian_prod(t, t) if plane else t[:, None]
     coeffs = torch.cat([1 - points.sum(1, keepdim=True), points], 1)  # [S, K]
-    x = torch.randn(N, 3, 32, 32, generator=generator, device=device)
-    calibration = torch.randn(min(N, CALIBRATION), 3, 32, 32, generator=generator, device=device)
     y = torch.arange(N, device=device) % 10
-    return x, y, calibration, layout.flatten_many(corners), coeffs
+    return x, y, rows, FlatLayout(corners[0]).flatten_many(corners), coeffs
 
 
 def ours(x, y, calibration, corners, coeffs, name, per_pass):
     found = sweep(
-        build(name, x.dtype, x.device),
+        build(name, x),
         lambda start, stop: coeffs[start:stop] @ corners,
         len(coeffs),
         x,
@@ -67,7 +67,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def one_at_a_time(x, y, calibration, corners, coeffs, name):
     """The usual loop: load the weights, recalibrate, score."""
-    model = build(name, x.dtype, x.device)
+    model = build(name, x)
     layout, found = FlatLayout(model), []
     for layer in norms(model):
         layer.momentum = None  # so that statistics are those of the batch
@@ -89,7 +89,7 @@ def one_at_a_time(x, y, calibration, corners, coeffs, name):
 @torch.no_grad()
 def vmapped(x, y, calibration, corners, coeffs, name, together):
     """`torch.func.vmap` over stacked states, `together` of them at once."""
-    model = build(name, x.dtype, x.device)
+    model = build(name, x)
     layout, found = FlatLayout(model), []
     for layer in norms(model):
         layer.momentum = 1.0
@@ -123,9 +123,10 @@ def contestants(device: str, quick: bool, name: str) -> list[Contestant]:
     ]
 
 
-def work(name: str, S: int, N: int) -> dict[str, Work]:
+def work(name: str, S: int, N: int, size: int) -> dict[str, Work]:
     """Rows read once and all weights written once; the products of the convolutions."""
-    model, flops = build(name, torch.float32, "cpu"), []
+    one, flops = torch.zeros(1, 3, size, size), []
+    model = build(name, one)
 
     def count(layer, given, y):
         flops.append(2 * y.numel() * layer.weight[0].numel())
@@ -133,14 +134,15 @@ def work(name: str, S: int, N: int) -> dict[str, Work]:
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for layer in layers:
         layer.register_forward_hook(count)
-    model(torch.zeros(1, 3, 32, 32))
+    model(one)
     rows = N + (min(N, CALIBRATION) if norms(model) else 0)
-    bytes = 4 * (S * FlatLayout(model).P + N * 3 * 32 * 32)
-    return {"fwd": Work(bytes, S * rows * sum(flops))}
+    moved = 4 * (S * FlatLayout(model).P + N * one.numel())
+    return {"fwd": Work(moved, S * rows * sum(flops))}
 
 
 def cases(device: str, quick: bool) -> list[Case]:
     """See `bench.cases.cases`."""
+    size = 8 if quick else 32
     if quick:
         table = [("SmallCNN", 4, 4), ("cResNet20", 3, 4)]
     elif device == "cpu":
@@ -152,10 +154,10 @@ def cases(device: str, quick: bool) -> list[Case]:
             "sweep",
             {"model": name, "S": S, "N": N},
             torch.float32,
-            partial(make, name=name, S=S, N=N),
+            partial(make, name=name, S=S, N=N, size=size),
             partial(one_at_a_time, name=name),
             partial(contestants, name=name),
-            work(name, S, N),
+            work(name, S, N, size),
             ("eager",),
             () if quick else CPU if device == "cpu" else CUDA,
             priority,

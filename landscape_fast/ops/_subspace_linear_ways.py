@@ -44,6 +44,8 @@ def forward(x, weight, bias, batch_major: bool, way: str) -> Tensor:
 def _into(y: Tensor, bias: Tensor | None, order: tuple[int, ...]) -> Tensor:
     """y plus the bias, in memory of dimensions in that order."""
     out = y.new_empty([y.shape[d] for d in order]).permute(order)
+    if bias is not None and torch.compiler.is_compiling():  # a traced out= has the order of y
+        y, bias = y + bias.unsqueeze(1), None
     return out.copy_(y) if bias is None else torch.add(y, bias.unsqueeze(1), out=out)
 
 
