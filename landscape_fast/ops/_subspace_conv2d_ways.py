@@ -95,7 +95,7 @@ def input_gradient(dy, x, weight, conv: Conv, way: str) -> Tensor:
 
 
 def weight_gradient(dy, x, weight, conv: Conv, way: str) -> Tensor:
-    """dweight, shaped as weight, in the dtype of x."""
+    """dweight, shaped as weight, whose values do not count, in the dtype of x."""
     if way == "loop":
         found = []
         for m in range(weight.shape[0]):

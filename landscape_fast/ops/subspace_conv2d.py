@@ -21,11 +21,10 @@ from landscape_fast.ops._dispatch import (
     wants_grad,
     without_autocast,
 )
-from landscape_fast.ops._subspace_conv2d_autograd import apply, definition
+from landscape_fast.ops._subspace_conv2d_autograd import apply, definition, mixed
 from landscape_fast.ops._subspace_conv2d_checks import alone, prepare
 from landscape_fast.ops._subspace_conv2d_kernels import OP, obstacle, usable
 from landscape_fast.ops._subspace_conv2d_plan import Plan, Problem, choose, composed_plan
-from landscape_fast.ops.combine import combine
 
 declare(OP, triton=KERNEL_DTYPES, cuda=KERNEL_DTYPES)
 
@@ -143,12 +142,10 @@ def _run(tensors: tuple, members: int, conv: Conv, backend: str) -> Tensor:
         plan = Plan(name, name, name)
     else:
         plan = plan_for(tensors, members, conv, name)
-    if coeffs is not None and not plan.mix:
-        anchors, bias = _mixed(anchors, coeffs, bias, backend)
-        coeffs = None
     if members == 1 and plan.y == "loop" and anchors.dtype == x.dtype:
-        return ways.forward(x, anchors, bias, conv, "loop")  # autograd needs no help with one
-    return apply(x, anchors, coeffs, bias, conv, plan)
+        weight, own = (anchors, bias) if coeffs is None else mixed(anchors, coeffs, bias)
+        return ways.forward(x, weight, own, conv, "loop")  # autograd needs no help with one
+    return apply(*tensors, conv, plan)
 
 
 def plan_for(tensors: tuple, members: int, conv: Conv, name: str) -> Plan:
@@ -168,14 +165,3 @@ def plan_for(tensors: tuple, members: int, conv: Conv, name: str) -> Plan:
     )  # fmt: skip
     kernels = () if name == "torch" else usable(x, anchors, conv)
     return choose(problem, kernels, torch.is_grad_enabled() and wants_grad(x))
-
-
-def _mixed(anchors: Tensor, coeffs: Tensor, bias: Tensor | None, backend: str):
-    """The members' weights, in the memory format of the anchors, and their biases."""
-    last = anchors.permute(0, 1, 3, 4, 2)
-    channels = last.is_contiguous() and not anchors.is_contiguous()
-    parts = [last if channels else anchors.contiguous()]
-    weight, *rest = combine(
-        coeffs, parts if bias is None else [*parts, bias.contiguous()], backend=backend
-    )
-    return weight.permute(0, 1, 4, 2, 3) if channels else weight, rest[0] if rest else None

@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from gpu import anchor_entries, subspace_entries
 
 from landscape_fast.ops import _dispatch
 from landscape_fast.ops.batch_ensemble_conv2d import (
@@ -37,7 +38,6 @@ from landscape_fast.ops.pairwise_divergence import (
     pairwise_divergence_reference,
 )
 from landscape_fast.ops.perturb import perturb, perturb_reference
-from landscape_fast.ops.subspace_linear import subspace_linear, subspace_linear_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,6 +52,7 @@ class Entry(NamedTuple):
     make: Callable[[int], list[torch.Tensor]]
     gradients: bool = True
     kept: int = 0  # outputs' worth of numbers that the backward must have besides the inputs
+    only: tuple[str, ...] = ()  # the kernels that can do it, where not all can
 
     def inputs(self, dtype: torch.dtype, scale: int = 1, device="cuda") -> list[torch.Tensor]:
         """Inputs on the device; floating ones in `dtype`."""
@@ -65,7 +66,8 @@ class Entry(NamedTuple):
         made = self.make(1)
         if not any(t.is_floating_point() for t in made):  # one run for all of FLOATS
             dtype = made[0].dtype if dtype == torch.float32 else None
-        return [n for n in declared if n in ("triton", "cuda") and dtype in declared[n]]
+        names = self.only or ("triton", "cuda")
+        return [n for n in declared if n in names and dtype in declared[n]]
 
     def low(self) -> torch.dtype:
         """bfloat16 where a kernel takes it."""
@@ -334,30 +336,6 @@ def _norm_entries():
             )
 
 
-def _subspace_linear(own, shared=False, M=3, K=2, I=70, O=45):
-    """x, anchors, coefficients unless every member has its own weight, bias."""
-
-    def make(scale):
-        B, i, o = 37 * scale, I * scale, O * scale
-        x = torch.randn(*(() if shared else (M,)), B, i)
-        anchors, bias = torch.randn(M if own else K, o, i) / i**0.5, torch.randn(M if own else K, o)
-        return [x, anchors, bias] if own else [x, anchors, torch.randn(M, K), bias]
-
-    return make
-
-
-def _own_weights(function, x, weight, bias, **options):
-    return function(x, weight, None, bias, **options)
-
-
-def _subspace_linear_entries():
-    op, functions = "subspace_linear", (subspace_linear, subspace_linear_reference)
-    own = [partial(_own_weights, function) for function in functions]
-    yield Entry("subspace linear, mixed", op, *functions, _subspace_linear(False))
-    yield Entry("subspace linear, own weights", op, *own, _subspace_linear(True))
-    yield Entry("subspace linear, shared", op, *own, _subspace_linear(True, True))
-
-
 ENTRIES = (
     *_linear_entries(),
     *_hyper_entries(),
@@ -378,7 +356,7 @@ ENTRIES = (
         _listed,
     ),
     *_perturb_entries(),
-    *_subspace_linear_entries(),
+    *subspace_entries.entries(Entry),
     Entry("gram flat", "gram", gram, gram_reference, _whole(_flat)),
     Entry(
         "gram layers",
@@ -395,22 +373,18 @@ ENTRIES = (
         _whole(_listed),
     ),
     *_norm_entries(),
+    *anchor_entries.entries(Entry),
     *_divergence_entries(),
-    Entry(
-        "disagreement of int64 labels",
-        "pairwise_disagreement",
-        pairwise_disagreement,
-        pairwise_disagreement_reference,
-        _labels(torch.int64),
-        gradients=False,
-    ),
-    Entry(
-        "disagreement of uint8 labels",
-        "pairwise_disagreement",
-        pairwise_disagreement,
-        pairwise_disagreement_reference,
-        _labels(torch.uint8),
-        gradients=False,
+    *(
+        Entry(
+            f"disagreement of {str(dtype).removeprefix('torch.')} labels",
+            "pairwise_disagreement",
+            pairwise_disagreement,
+            pairwise_disagreement_reference,
+            _labels(dtype),
+            gradients=False,
+        )
+        for dtype in (torch.int64, torch.uint8)
     ),
     Entry(
         "summary",
