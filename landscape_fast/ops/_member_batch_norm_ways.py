@@ -2,7 +2,6 @@
 
 The library's runs member by member into one result: its statistics, its application and its
 backward are those of `F.batch_norm`, without the copy that putting M results together would take.
-Where a member has no pixels, members and features are one: M * F features in a single pass.
 """
 
 from functools import cache
@@ -56,13 +55,6 @@ def _like(x: Tensor, layout: str) -> Tensor:
     return y.transpose(0, 1) if layout == "batch_major" else y
 
 
-def _in_one(x: Tensor, layout: str) -> Tensor | None:
-    """x [M, B, F, ...] as [B, M * F, ...], where that is a view or x has no pixels."""
-    if layout != "batch_major" and x[0, 0, 0].numel() != 1:
-        return None
-    return x.transpose(0, 1).flatten(1, 2)
-
-
 def _rows(tensors, count: int) -> list:
     return [[None] * count if t is None else t.unbind(0) for t in tensors]
 
@@ -82,16 +74,10 @@ def _stats(x, running_mean, running_var, layout, momentum, backend):
         run(_flat(x), running_mean, running_var, mean, var, momentum)
         return mean, var
     moved = _wide((running_mean, running_var), x)
-    flat = _in_one(x, layout)
-    if flat is not None:
-        found = _update(flat, *[None if t is None else t.flatten() for t in moved], momentum)
-        for own, values in zip((mean, var), found, strict=True):
-            own.copy_(values.view_as(own))
-    else:
-        for one, *targets in zip(x.unbind(0), *_rows((mean, var, *moved), len(x)), strict=True):
-            found = _update(one, *targets[2:], momentum)
-            for own, values in zip(targets[:2], found, strict=True):
-                own.copy_(values)
+    for one, *targets in zip(x.unbind(0), *_rows((mean, var, *moved), len(x)), strict=True):
+        found = _update(one, *targets[2:], momentum)
+        for own, values in zip(targets[:2], found, strict=True):
+            own.copy_(values)
     for own, values in zip((running_mean, running_var), moved, strict=True):
         if own is not None and own is not values:
             own.copy_(values)
@@ -137,16 +123,8 @@ def _apply(x, weight, bias, mean, var, layout, eps, relu, backend):
     given = _wide((weight, bias, mean, var), x)
     nothing = given[2].new_empty(0)
     outs = {"save_mean": nothing, "save_invstd": nothing}
-    flat = _in_one(x, layout)
-    if flat is None:
-        for one, own, *row in zip(x.unbind(0), y.unbind(0), *_rows(given, len(x)), strict=True):
-            aten.native_batch_norm.out(one, *row, False, 0.0, eps, out=own, **outs)
-    else:
-        given = [None if t is None else t.flatten() for t in given]
-        target = _in_one(y, layout)
-        aten.native_batch_norm.out(flat, *given, False, 0.0, eps, out=target, **outs)
-        if target.data_ptr() != y.data_ptr():
-            y.copy_(target.unflatten(1, (len(x), -1)).transpose(0, 1))
+    for one, own, *row in zip(x.unbind(0), y.unbind(0), *_rows(given, len(x)), strict=True):
+        aten.native_batch_norm.out(one, *row, False, 0.0, eps, out=own, **outs)
     return y.relu_() if relu else y
 
 
@@ -183,14 +161,7 @@ def _backward(dy, x, weight, bias, mean, var, layout, eps, training, relu, need_
     rstd = (var.double() + eps).rsqrt().to(var.dtype)  # rounded once, as the library does
     mask = [need_x, need_p and weight is not None, need_p]
     options = (training, eps, mask)
-    flat, dflat = _in_one(x, layout), _in_one(dy, layout)
     outputs = [t if t.numel() else None for t in (dx, dweight, dbias)]
-    if flat is not None:
-        rows = [None if t is None else t.flatten() for t in (weight, mean, var, mean, rstd)]
-        found = aten.native_batch_norm_backward(dflat, flat, *rows, *options)
-        outputs[0] = None if outputs[0] is None else dx.transpose(0, 1)
-        _take(outputs, found)
-        return dx, dweight, dbias
     M = len(x)
     rows = _rows((dy, x, weight, mean, var, mean, rstd), M)
     for own, *row in zip(zip(*_rows(outputs, M), strict=True), *rows, strict=True):
@@ -201,7 +172,7 @@ def _backward(dy, x, weight, bias, mean, var, layout, eps, training, relu, need_
 def _take(outputs, found) -> None:
     for own, values in zip(outputs, found, strict=True):
         if own is not None:
-            own.copy_(values.view(own.shape))
+            own.copy_(values)
 
 
 def _backward_fake(

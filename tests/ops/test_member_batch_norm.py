@@ -226,20 +226,23 @@ def test_the_same_bits_every_time(backend, device):
 
 
 def test_a_pass_for_all_members_where_there_are_no_pixels(monkeypatch):
-    """On CPUs; images are read where they are, a member at a time."""
-    seen = []
-    update = ways._update
-    monkeypatch.setattr(ways, "_update", lambda x, *args: seen.append(x) or update(x, *args))
-    x, *_ = tensors = inputs((3, 5, 4), "batch_major")
-    op(*tensors, layout="batch_major")
-    assert [list(t.shape) for t in seen] == [[5, 12]] and seen[0].data_ptr() == x.data_ptr()
-    seen.clear()
+    """On CPUs, and in the batch-major layout; images are read where they are, member by member."""
+    calls, seen = [], []
+    batch_norm, update = F.batch_norm, ways._update
+    monkeypatch.setattr(F, "batch_norm", lambda x, *a: calls.append(x) or batch_norm(x, *a))
+    monkeypatch.setattr(ways, "_update", lambda x, *a: seen.append(x) or update(x, *a))
+    for shape, layout in (((3, 5, 4), "batch_major"), ((3, 5, 4, 2, 2), "batch_major")):
+        x, *_ = tensors = inputs(shape, layout)
+        op(*tensors, layout=layout)
+        (rows,) = calls
+        assert rows.shape[:2] == (5, 12) and rows.data_ptr() == x.data_ptr()
+        calls.clear()
     op(*inputs((3, 5, 4, 1, 1)))
-    assert [list(t.shape) for t in seen] == [[5, 12, 1, 1]]
-    seen.clear()
+    assert [list(t.shape) for t in calls] == [[5, 12, 1, 1]] and not seen
+    calls.clear()
     x, *_ = tensors = inputs((3, 5, 4, 2, 2), "folded")
     op(*tensors, layout="folded")
-    assert len(seen) == 3
+    assert len(seen) == 3 and not calls
     assert all(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in seen)
 
 
