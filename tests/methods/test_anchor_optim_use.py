@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from methods.anchor_problem import draws, network, problem, run, subspace
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorAdamW, AnchorSGD
-from landscape_fast.nn.coefficients import Line
+from landscape_fast.nn.coefficients import Line, Simplex
 from landscape_fast.nn.subspace import Subspace
 
 
@@ -175,6 +176,37 @@ def test_the_same_bits_every_time():
         space = subspace("layer-wise simplex")
         results.append(run(space, AnchorSGD(space, 0.1, 0.9, cos2=1.0)))
     assert torch.equal(*results)
+
+
+class Launches(TorchDispatchMode):
+    """Counts ops that a GPU would launch kernels for: anchor_step has two, a view has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        works = not function.is_view and not name.startswith(("profiler::", "aten::empty"))
+        self.count += 2 if "anchor_step" in name else int(works)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("coefficients", [Line(), Simplex(3)], ids=repr)
+def test_a_step_adds_fewer_than_ten_launches(coefficients):
+    """Beside forward and backward: what draws the point, mixes it, gathers and steps."""
+    space = Subspace(network(), coefficients.anchors, coefficients)
+    optimizer = AnchorSGD(space, 0.1, 0.9, cos2=1.0)
+    x, y = (t[0] for t in problem())
+    for _ in range(2):  # the first one makes the state
+        launches = Launches()
+        optimizer.zero_grad()
+        with launches:
+            space.draw_()
+        F.cross_entropy(space.model(x), y).backward()
+        with launches:
+            optimizer.step()
+    assert launches.count < 10
 
 
 @pytest.mark.parametrize(
