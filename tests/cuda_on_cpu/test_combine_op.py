@@ -8,7 +8,7 @@ from cuda_on_cpu.calls import DTYPES
 
 from landscape_fast.ops import _combine_parts
 from landscape_fast.ops.combine import combine, combine_reference
-from landscape_fast.testing import check_op
+from landscape_fast.testing import assert_as_exact, check_op, fenced
 
 PAGE = sys.modules[combine.__module__]  # `landscape_fast.ops.combine` is the function
 LIST = [(0, 2), (3, 5), (), (64, 32), (1031,), (16,)]
@@ -68,6 +68,20 @@ def test_parts(sizes, dtype):
         check_op(
             combine, combine_reference, (coeffs, anchors), dtype=dtype, backend="cuda", sizes=sizes
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [None, (7, 0, 1023)])
+def test_a_given_output(sizes, dtype):
+    coeffs = torch.randn((3, 3, 2) if sizes else (3, 2))
+    anchors = torch.randn(2, 1030).to(dtype)
+    out = fenced(torch.full((3, 1030), float("nan"), dtype=dtype))
+    assert combine(coeffs, anchors, sizes=sizes, out=out, backend="cuda") is out
+    plain = combine_reference(coeffs, anchors, sizes=sizes)
+    truth = combine_reference(coeffs.double(), anchors.double(), sizes=sizes)
+    assert_as_exact("out", out, plain, truth)
+    buffer = out.new_empty(0).set_(out.untyped_storage())
+    assert buffer.isfinite().sum() == out.numel()  # the rest is the fence
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
