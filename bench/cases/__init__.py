@@ -13,6 +13,7 @@ OPS = (
     "anchor_step",
     "subspace_step",
     "gram",
+    "subspace_conv2d",
     "subspace_linear",
     "perturb",
     "member_batch_norm",

@@ -10,7 +10,10 @@ without groups; halo kernels are to reach 1.75 times the time of their bytes. Th
 smallest estimate; forcing a backend overrides it.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
+
+import torch
 
 from landscape_fast.ops import _batch_ensemble_conv2d_plan as single
 from landscape_fast.ops._batch_ensemble_linear_plan import (
@@ -81,6 +84,12 @@ def choose(p: Problem, kernels: tuple[str, ...], gradients: bool = True) -> Plan
     The kernels load channels in vectors: where channels are not last, they do not come into
     question. `gradients`: whether dx counts for the question of mixing first.
     """
+    if torch.compiler.is_compiling():  # sizes may be dynamic
+        return _choose(p, kernels, gradients)
+    return _remembered(p, kernels, gradients)
+
+
+def _choose(p: Problem, kernels: tuple[str, ...], gradients: bool) -> Plan:
     library = LIBRARY if p.shared_x and p.groups == 1 else LIBRARY[:2]
     ways = (*kernels, *library) if p.channels_last else library
     best = []
@@ -99,6 +108,9 @@ def choose(p: Problem, kernels: tuple[str, ...], gradients: bool = True) -> Plan
         first += time(p, best[which], which)
         mixed += _mixed(p, which)
     return Plan(*best) if first <= mixed else Plan("triton", "triton", best[2], True)
+
+
+_remembered = lru_cache(4096)(_choose)  # the estimates take a tenth of a millisecond
 
 
 def time(p: Problem, way: str, which: int) -> float:
