@@ -5,10 +5,10 @@ members, `extract_member` and `to_deep_ensemble` give plain networks back. Layou
 described at `BatchEnsembleLinear` and `BatchEnsembleConv2d`; what one op call computes, in
 `landscape_fast.ops`.
 
-`Subspace` makes the weights of any network a combination of K anchors: where they are drawn is said
-by the coefficients (`coefficients`), what lies between them by their Gram matrix (`geometry`).
-`StackedEnsemble` runs M independent networks in one pass. `recalibrate_` and `statistics_mode_` keep
-the statistics of batch norms with the weights they belong to.
+`Subspace` makes the weights of any network a combination of K anchors: `coefficients` says where
+among them, `geometry` what their Gram matrix tells. `StackedEnsemble` runs M independent networks in
+one pass. `recalibrate_` and `statistics_mode_` keep the statistics of batch norms with the weights
+they belong to.
 """
 
 from landscape_fast.nn.attention import BatchEnsembleMultiheadAttention
