@@ -6,9 +6,9 @@ described at `BatchEnsembleLinear` and `BatchEnsembleConv2d`; what one op call c
 `landscape_fast.ops`.
 
 `Subspace` makes the weights of any network a combination of K anchors: `coefficients` says where
-among them, `geometry` what their Gram matrix tells. `StackedEnsemble` runs M independent networks in
-one pass. `recalibrate_` and `statistics_mode_` keep the statistics of batch norms with the weights
-they belong to.
+among them, `geometry` what their Gram matrix tells. `StackedEnsemble` runs M independent networks
+in one pass. `recalibrate_` and `statistics_mode_` keep the statistics of batch norms with the
+weights they belong to.
 """
 
 from landscape_fast.nn.attention import BatchEnsembleMultiheadAttention
