@@ -87,7 +87,7 @@ void batch_ensemble_linear_backward(const BatchEnsembleLinear& op, const MemberR
                                     const MemberRows& y, const BatchEnsembleLinearGradients& out,
                                     int threads);
 
-// A part of K models of float32 parameters: P elements of each, model k from data + k * stride_k on.
+// A part of K models of float32 parameters: P elements of each, model k at data + k * stride_k.
 struct GramPart {
   const float* data;
   int64_t stride_k, P;

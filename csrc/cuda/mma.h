@@ -1,9 +1,10 @@
-// Products of small matrices by the tensor cores, one warp at a time: D [16, 8] += A [16, K] B [K, 8]
-// with K = 16 for elements of 16 bits and 8 for float32, and the loads that arrange its operands.
+// Products of small matrices by the tensor cores, D [16, 8] += A [16, K] B [K, 8] by a warp, K = 16
+// for elements of 16 bits and 8 for float32, and the loads that arrange the operands.
 //
 // Lane l holds, with g = l / 4 and t = l % 4:
-//   16 bits, two elements to a register: a = A(g, 2t), A(g + 8, 2t), A(g, 2t + 8), A(g + 8, 2t + 8),
-//     each with its right neighbour; b = B(2t, g), B(2t + 8, g), each with the one below
+//   16 bits, two elements in a register: a = A(g, 2t), A(g + 8, 2t), A(g, 2t + 8),
+//     A(g + 8, 2t + 8), each with its right neighbour; b = B(2t, g), B(2t + 8, g), each with the
+//     one below
 //   float32: a = A(g, t), A(g + 8, t), A(g, t + 4), A(g + 8, t + 4); b = B(t, g), B(t + 4, g)
 //   d = D(g, 2t), D(g, 2t + 1), D(g + 8, 2t), D(g + 8, 2t + 1)
 //

@@ -2,7 +2,7 @@
 // and its gradients, with the random numbers of noise.h drawn where they are used.
 //
 // Bound by memory and by integer multiplications alike: forty of them make four numbers. A thread
-// keeps 16 bytes of a tile of the elements; it reads and writes them at once where rows are aligned.
+// keeps 16 bytes of a tile; it reads and writes them at once where rows are aligned.
 #include <algorithm>
 
 #include "cuda/access.h"

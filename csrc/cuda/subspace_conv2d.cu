@@ -2,8 +2,8 @@
 // gradient of the input, which is the same with the weights turned around.
 //
 // With so few channels a kernel that reads every input pixel for each of nine taps is bound by the
-// L2 cache. Here a block keeps the weights of one member in shared memory, takes one tile of 8 by 16
-// pixels after the other, with its halo, and multiplies from there.
+// L2 cache. Here a block keeps the weights of one member in shared memory, takes one tile of 8 by
+// 16 pixels after the other, with its halo, and multiplies from there.
 #include "cuda/subspace_conv2d.h"
 
 namespace landscape_fast {
@@ -28,7 +28,7 @@ __device__ __forceinline__ int row_of(int o) {
   return o % OWN / 2 * 8 + o / OWN * 2 + o % 2;
 }
 
-// Weights into shared memory [9, OUTPUTS, STRIDE], from [M, O, 9, I], or of a gradient [M, I, 9, O].
+// Weights into shared memory [9, OUTPUTS, STRIDE], from [M, O, 9, I], or `turned` from [M, I, 9, O].
 template <class T, int I, int O>
 __device__ __forceinline__ void load_weights(const T* from, int64_t m, int first, bool turned,
                                              T* to) {
@@ -46,8 +46,8 @@ __device__ __forceinline__ void load_weights(const T* from, int64_t m, int first
   }
 }
 
-// The operands of step k of one tap: 16 pixels from `pixels` on for each of the warp's rows, and the
-// weights of two small matrices at a time.
+// MMA_K input channels of one tap: 16 pixels from `pixels` on in each of the warp's rows, times the
+// weights of all output channels.
 template <class T, bool EXACT, int S, int COUNT>
 __device__ __forceinline__ void multiply(const T* pixels, const T* weights, int row,
                                          float (&sum)[ROWS][COUNT / 8][4]) {

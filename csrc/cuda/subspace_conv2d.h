@@ -9,7 +9,7 @@
 
 namespace landscape_fast {
 
-constexpr int CONV_TW = 16;           // pixels of a tile's row: one side of a small matrix
+constexpr int CONV_TW = 16;  // pixels of a tile's row: one side of a small matrix
 constexpr int CONV_HALO = CONV_TW + 2;
 
 // Tiles of TH rows, of all images of a member; a tile is a unit of work.
@@ -61,8 +61,8 @@ __device__ __forceinline__ void load_pixels(const MemberImages& from, int64_t m,
   }
 }
 
-// Calls add(sum); with EXACT, add(zeros) and adds what they become to the sum, which then is rounded
-// that much less often.
+// Calls add(sum); with EXACT, add(zeros), and adds what they become to the sum, which is rounded
+// that much less often then.
 template <bool EXACT, int X, int Y, class F>
 __device__ __forceinline__ void in_steps(float (&sum)[X][Y][4], F&& add) {
   if constexpr (!EXACT) {

@@ -1,9 +1,9 @@
-// subspace_conv2d, the gradient of the weights, for what subspace_conv2d.cu does: dweight[o, tap, i]
-// is the sum over pixels of dy[pixel, o] * x[pixel + tap, i].
+// subspace_conv2d, the gradient of the weights where subspace_conv2d.cu makes the forward:
+// dweight[o, tap, i] is the sum over pixels of dy[pixel, o] * x[pixel + tap, i].
 //
 // A block reads tiles of x and dy once and keeps the sums of all nine taps in registers; each warp
-// those of one row of taps and 16 output channels. Blocks write their sums side by side, to be added
-// up in a fixed order.
+// those of one row of taps and 16 output channels. Blocks write their sums side by side, to be
+// added up in a fixed order.
 #include "cuda/subspace_conv2d.h"
 
 namespace landscape_fast {

@@ -73,14 +73,14 @@ def perturb(
     Example:
         >>> import torch
         >>> from landscape_fast.ops.perturb import perturb
-        >>> noise = perturb(torch.zeros(3), seed=0, members=2)
+        >>> noise = perturb(torch.zeros(3), seed=2, members=2)
         >>> noise
-        tensor([[ 0.9911, -0.9247, -0.6176],
-                [ 1.0676, -0.4254, -2.3680]])
-        >>> torch.equal(noise[1:], perturb(torch.zeros(3), seed=0, first_member=1))
+        tensor([[-1.3072,  0.0223, -0.1819],
+                [ 0.1938, -0.5777,  0.7639]])
+        >>> torch.equal(noise[1:], perturb(torch.zeros(3), seed=2, first_member=1))
         True
-        >>> perturb(torch.ones(6), seed=0, scale=0.0, dropout=0.5)
-        tensor([[0., 0., 2., 2., 2., 0.]])
+        >>> perturb(torch.ones(6), seed=2, scale=0.0, dropout=0.5)
+        tensor([[0., 2., 2., 0., 0., 2.]])
     """
     M = _check_weights(weights, members)
     _check_seed(seed, weights)
