@@ -14,8 +14,8 @@ import aot
 import aot_anchor_step
 import aot_conv_cases
 import aot_hyper_batch
-import aot_subspace_conv_cases
 import aot_norm_cases
+import aot_subspace_conv_cases
 import aot_subspace_linear
 import torch
 
