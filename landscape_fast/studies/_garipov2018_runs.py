@@ -20,6 +20,7 @@ from landscape_fast.methods.cyclic import train_fge, train_snapshot
 from landscape_fast.methods.seeds import stream_seed
 from landscape_fast.methods.splits import stratified_split
 from landscape_fast.models import MLP, MediumCNN, SmallCNN, cresnet20
+from landscape_fast.nn.statistics import recalibrate_
 from landscape_fast.nn.subspace import Subspace
 from landscape_fast.ops import ensemble_summary
 
@@ -205,6 +206,8 @@ def _ensembles(lab: Lab, repeat: int, dataset: Dataset) -> list[dict]:
         "SSE": train_snapshot(build, *rows, cosine, cycles=settings.snapshots, runs=B, **common),
         "FGE": train_fge(build, *rows, config, cycle=settings.cycle, **rates, runs=B, **common),
     }
+    for network in every["Ind"].model.members:  # as the two others do it with theirs
+        recalibrate_(network, dataset.train_x)
     runs = []
     for method, trained in every.items():
         logits = predict(trained.model, dataset.test_x, batch_size=500)
