@@ -28,7 +28,7 @@ __device__ __forceinline__ int row_of(int o) {
   return o % OWN / 2 * 8 + o / OWN * 2 + o % 2;
 }
 
-// Weights into shared memory [9, OUTPUTS, STRIDE], from [M, O, 9, I], or `turned` from [M, I, 9, O].
+// Weights into shared memory [9, OUTPUTS, STRIDE] from [M, O, 9, I], or `turned` [M, I, 9, O].
 template <class T, int I, int O>
 __device__ __forceinline__ void load_weights(const T* from, int64_t m, int first, bool turned,
                                              T* to) {
