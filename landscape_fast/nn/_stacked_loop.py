@@ -26,9 +26,6 @@ class MemberStreams:
     @contextlib.contextmanager
     def of(self, m: int, device: torch.device) -> Iterator[None]:
         """Within it the global generators of the CPU and of `device` are those of member m."""
-        if not self.seeds or torch.compiler.is_compiling():  # a graph has no generator state
-            yield
-            return
         pairs = [(torch.default_generator, self._own("cpu")[m])]
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -97,12 +94,16 @@ class MemberLoop:
                         views[id(full)] = full.unbind(0)  # whose backward stacks once
                     slots.append((getattr(plain, kind), key, empty, views[id(full)]))
         device = slots[0][3][0].device if slots else _device(calls)
+        seeded = streams.seeds and not torch.compiler.is_compiling()  # a graph has no generators
         outputs = []
         try:
             for m, (args, kwargs) in enumerate(calls):
                 for table, key, _, own in slots:
                     table[key] = own[m]
-                with streams.of(m, device):
+                if seeded:
+                    with streams.of(m, device):
+                        outputs.append(self.plain(*args, **kwargs))
+                else:
                     outputs.append(self.plain(*args, **kwargs))
                 for table, key, _, own in slots:
                     if table[key] is not own[m]:  # a buffer set anew, not changed in place

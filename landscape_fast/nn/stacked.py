@@ -62,8 +62,8 @@ class StackedEnsemble(nn.Module):
             initialised yet; on a call, for input that does not fit, or where "batched" finds that
             the network cannot be.
 
-    Under `torch.compile` nothing is tried out and dropout is that of the compiler; call the
-    ensemble once before compiling it.
+    Under `torch.compile` and while a CUDA graph is captured nothing is tried out: call the ensemble
+    once before. Dropout that is compiled is that of the compiler, without streams.
 
     Example:
         >>> stack = StackedEnsemble([nn.Linear(8, 3) for _ in range(4)])
@@ -134,8 +134,10 @@ class StackedEnsemble(nn.Module):
         alone = self.how == "loop" or (self.how == "auto" and self.members == 1)
         if hooked is None and (alone or (self.how == "auto" and self._loop_is_faster(x, own))):
             return "loop"
-        device = next((t.device.type for t in _leaves(x)), "cpu")
+        leaves = _leaves(x)
+        device = leaves[0].device.type if leaves else "cpu"
         blind = torch.compiler.is_compiling() or transforming() or device == "meta"
+        blind = blind or (device == "cuda" and torch.cuda.is_current_stream_capturing())
         mode = self.training, own
         if mode not in self._tried and not blind:
             self._tried[mode] = why = self._try(x, own)
@@ -174,11 +176,9 @@ class StackedEnsemble(nn.Module):
         return self._slow_on_cpu or rows > most
 
     def _batched(self, x: Any, own: bool) -> Any:
-        def fold(t: Tensor) -> list[Tensor]:
-            return [t.flatten(0, 1) if own else torch.cat([t] * self.members)]
-
-        y = self.model(spread(x, fold, 1)[0])
-        return gather([y], lambda one: split_members(one[0], self.members))
+        M = self.members
+        rows = _map(x, lambda t: t.flatten(0, 1) if own else torch.cat([t] * M))
+        return _map(self.model(rows), lambda t: split_members(t, M))
 
     def _one_by_one(self, x: Any, own: bool) -> Any:
         parts = spread(x, lambda t: list(t) if own else [t] * self.members, self.members)
@@ -212,17 +212,19 @@ class StackedEnsemble(nn.Module):
                 given = _map(rows, lambda t: t.double() if t.is_floating_point() else t)
             else:
                 two, given = pair, rows
-            try:
-                truth = copy.deepcopy(two)._one_by_one(given, own)
-            except Exception:
-                if wide:  # a network that only runs in its own dtype
-                    continue
-                raise
-            try:
-                found = two._batched(given, own)
-            except Exception as error:
-                reason = str(error).strip().splitlines() or [""]
-                return f"{type(error).__name__} ({reason[0][:120]})"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of ops that have no kernel for float64
+                try:
+                    truth = copy.deepcopy(two)._one_by_one(given, own)
+                except Exception:
+                    if wide:  # a network that only runs in its own dtype
+                        continue
+                    raise
+                try:
+                    found = two._batched(given, own)
+                except Exception as error:
+                    reason = str(error).strip().splitlines() or [""]
+                    return f"{type(error).__name__} ({reason[0][:120]})"
             return _difference(found, truth)
         return ""
 
