@@ -153,14 +153,16 @@ void cpu_gram_entries(py::module_& m) {
   });
 }
 
-// Addresses of grad, coeffs, anchors, fixed, first, second, step, lr, selected, penalty, pair, gram,
-// 0 for none; strides of grad, anchors, fixed; M, T, F; and as in AnchorStep. coeffs and penalty are
-// contiguous, [M, L, S] and [L, S, S] with the first two flags; the third asks for gram by part.
+// Addresses of grad, coeffs, anchors, fixed, first, second, step, lr, selected, penalty, pair and
+// gram, 0 for none; strides of grad, anchors, fixed; M, T, F; the rest as in AnchorStep. coeffs and
+// penalty are contiguous, [M, L, S] and [L, S, S] with the first two flags; the third asks for gram
+// by part.
 void cpu_anchor_entries(py::module_& m) {
-  m.def("anchor_step", [](const std::array<uintptr_t, 12>& at, const std::array<int64_t, 3>& strides,
-                          const std::array<int64_t, 3>& counts, const std::vector<int64_t>& sizes,
-                          int rule, const std::array<double, 7>& hyper,
-                          const std::array<bool, 3>& flags, int threads) {
+  using Integers3 = std::array<int64_t, 3>;
+  m.def("anchor_step", [](const std::array<uintptr_t, 12>& at, const Integers3& strides,
+                          const Integers3& counts, const std::vector<int64_t>& sizes, int rule,
+                          const std::array<double, 7>& hyper, const std::array<bool, 3>& flags,
+                          int threads) {
     py::gil_scoped_release released;
     const int64_t L = int64_t(sizes.size()), S = counts[1] + counts[2];
     int64_t P = 0;

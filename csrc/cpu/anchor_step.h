@@ -1,5 +1,5 @@
-// What the file that cuts anchor_step into blocks and the one compiled once per instruction set know
-// of one another.
+// What the file that cuts anchor_step into blocks and the one compiled once per instruction set
+// know of one another.
 #pragma once
 
 #include <cstdint>

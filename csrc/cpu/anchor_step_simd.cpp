@@ -85,8 +85,8 @@ void move(const AnchorStep& op, const StepScalars& by, int64_t n, const float* d
   }
 }
 
-// out[j] = a . b[j] for COUNT rows, in float64, where a product of two float32 numbers is exact: the
-// same bits with every instruction set.
+// out[j] = a . b[j] for COUNT rows, in float64, where a product of two float32 numbers is exact:
+// the same bits with every instruction set.
 template <int COUNT>
 void dots(const float* a, const float* const* b, int64_t n, double* out) {
   double sums[COUNT][LANES] = {};
