@@ -128,7 +128,6 @@ def _orthonormal(a: Tensor, b: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """Gram-Schmidt in coefficient space."""
     u = a / lengths(a, gram)
     v = b - (b @ gram @ u) * u
-    v = v - (v @ gram @ u) * u  # again, for the digits that the first time cancelled
     return u, v / lengths(v, gram)
 
 
