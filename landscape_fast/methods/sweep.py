@@ -95,9 +95,9 @@ def sweep(
     Args:
         model: any network from rows [B, ...] to logits [B, C]; it is copied. It gives what the
             weights do not: buffers, settings, the device.
-        weights: called as `weights(start, stop)` in ascending order; returns the weights of these
-            models, [stop - start, P], as `FlatLayout(model)` orders them. For instance
-            `lambda start, stop: subspace.mix(coeffs[start:stop])`.
+        weights: `weights(start, stop)` returns the weights of these models, [stop - start, P], as
+            `FlatLayout(model)` orders them; the same ones whenever it is asked for them. For
+            instance `lambda start, stop: subspace.mix(coeffs[start:stop])`.
         count: S, how many models there are.
         x: [N, ...] rows, moved to the device of the model once.
         y: [N] int64 classes.
