@@ -138,10 +138,29 @@ def run(
         f"training and {len(dataset.test_y):,} test rows, on which the standard error of an "
         f"accuracy of {best:.2%} is {error:.2%}; seconds: training of one seed",
         "a criterion passes if it holds for every seed, and fails if for none",
+        *told(labs),
     ]
     if out is not None:
         write(Path(out), document)
     return document
+
+
+def told(labs: Sequence[Lab]) -> list[str]:
+    """Notes on what the table has no row for, as means over the seeds."""
+
+    def mean(name: str) -> float:
+        return sum(lab.facts[name] for lab in labs) / len(labs)
+
+    cosines = [mean(f"{name}: cos2") for name in ("line", "line without beta")]
+    apart = [mean(f"{name}: ends disagree") for name in ("line", "line without beta")]
+    epochs = [mean(f"noisy: {which} epoch") for which in ("best", "last")]
+    return [
+        "ends of the line: squared cosine {:.2g}, without beta {:.2g}".format(*cosines),
+        "ends of the line: disagree on {:.1%} of the rows, without beta {:.1%}".format(*apart),
+        "single network on noisy labels: {:.2%} in its best epoch, {:.2%} in its last".format(
+            *epochs
+        ),
+    ]
 
 
 def load(settings: Settings, root: str | Path | None) -> Dataset:
