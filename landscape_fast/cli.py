@@ -259,7 +259,7 @@ def _add_study(commands) -> None:
         commands,
         "study",
         registry.study,
-        "repeat a paper's comparison on data that needs no files",
+        "repeat a paper's comparison",
         "Trains all methods of a study several times, prints a table with standard errors and "
         f"writes it with every run. {'; '.join(lines)}.",
     )
@@ -268,7 +268,11 @@ def _add_study(commands) -> None:
         "--size",
         choices=registry.SIZES,
         default="small",
-        help="tiny: seconds, to see that it runs; small: minutes (default); full: hours",
+        help="tiny: seconds, to see that it runs; small: minutes (default); full: hours, or a GPU",
+    )
+    on_files = " and ".join(registry.ON_FILES)
+    parser.add_argument(
+        "--root", metavar="DIR", help=f"folder of CIFAR-10, for the full size of {on_files}"
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the results (default: out/NAME)"

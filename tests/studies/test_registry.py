@@ -27,8 +27,8 @@ def canned(monkeypatch):
 
     class Canned:
         @staticmethod
-        def run(size, out, seed):
-            calls.append((size, seed))
+        def run(size, out, seed, **files):
+            calls.append((size, seed, *files.values()))
             (out / "results.csv").write_text("method\n")
             return {"seed": seed, "rows": [{"method": "single", "nll": float("nan")}]}
 
@@ -49,6 +49,25 @@ def test_prints_the_table_and_where_the_files_are(canned, tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"wenzel2020, tiny, seed 3\n\n1 row\n\nwrote {out / 'results.csv'}\n"
     )
+
+
+def test_a_study_of_images_reads_them_at_full_size_alone(canned, tmp_path, capsys):
+    command = ["study", "garipov2018", "--out", str(tmp_path)]
+    assert cli.main([*command, "--size=full", "--root=images"]) == 0
+    assert canned[1] == ("full", 0, "images")
+    for more, got in (
+        (
+            ["--size=full"],
+            "the folder of the CIFAR-10 files; got none with garipov2018 --size full",
+        ),
+        (
+            ["--root=here"],
+            "left out where no files are read; got here with garipov2018 --size small",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*command, *more])
+        assert f"argument --root: must be {got}" in capsys.readouterr().err
 
 
 def test_names_only_the_files_it_wrote(canned, tmp_path, capsys):
