@@ -15,8 +15,8 @@ from ._launch import ARCHS, Config, arch, cdiv, grid, on_device
 
 # (arch, bucket) -> Config. "features": features are next to one another in memory (channels-last,
 # or no pixels); "pixels": pixels are; "few pixels": they are, but fewer than fill a tile's row.
-# Origin: 16-byte accesses and 16 numbers per thread; none of it is timed on a GPU yet.
-_TILES = {"features": (64, 32), "pixels": (2048, 1), "few pixels": (256, 8)}
+# Origin: 16-byte accesses and 8 or 16 numbers per thread; none of it is timed on a GPU yet.
+_TILES = {"features": (64, 32), "pixels": (2048, 1), "few pixels": (128, 8)}
 SHIPPED = {
     (a, bucket): Config({"BLOCK_R": r, "BLOCK_F": f}, num_warps=4, num_stages=2)
     for a in ARCHS

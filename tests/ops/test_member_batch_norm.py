@@ -25,7 +25,7 @@ DTYPES = [
 LAYOUTS = ["member_major", "batch_major", "folded"]
 # (M, B, F, *pixels): features or pixels next to one another, many or few; the last three in two
 # splits. Many channels: with few, whose rounding errors are the largest is a matter of chance.
-SHAPES = [(3, 5, 14), (2, 3, 40, 1, 1), (3, 190, 11, 3, 2), (1, 33, 4, 19, 17), (2, 301, 33)]
+SHAPES = [(3, 5, 14), (2, 3, 40, 1, 1), (3, 110, 11, 3, 2), (1, 33, 3, 19, 17), (2, 301, 33)]
 ORDERS = ["contiguous", "channels_last"]
 
 
@@ -77,7 +77,7 @@ def members_of(x, M, layout):
 def test_agrees_with_the_definition(shape, dtype, backend, device):
     given = inputs(shape, device=device)
     cases = [(True, "relu"), (False, "relu"), (True, None), (False, None)]
-    for training, activation in cases[: 4 if shape in SHAPES[:3] else 2]:
+    for training, activation in cases[: 4 if shape in SHAPES[:1] else 2]:
         options = {"training": training, "activation": activation}
         check_op(op, reference, given, dtype=dtype, backend=backend, **options)
 
@@ -97,7 +97,7 @@ def test_every_layout_and_order_of_memory(training, layout, order, backend, devi
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 5, 14), (2, 200, 13, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 14), (2, 9, 13, 3, 2)], ids=str)
 def test_three_steps_are_those_of_batch_norm_for_each_member(shape, layout, backend, device):
     """Outputs, gradients and running statistics of two training steps and an evaluation."""
     M, _, features = shape[:3]
