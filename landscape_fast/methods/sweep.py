@@ -30,6 +30,9 @@ from landscape_fast.ops import ensemble_summary
 from landscape_fast.ops._checks import message, require, whole
 
 SECONDS_BETWEEN_SAVES = 30.0
+# Logits wait for being scored together: scores of one small network cost as much as a tenth of its
+# pass, of sixteen hardly more.
+SECONDS_BETWEEN_SCORES, WAITING, WAITING_BYTES = 2.0, 16, 1 << 26
 # "auto" on a GPU, an estimate that no measurement has confirmed: enough members to fill the device
 # with small networks, and no more weights at once than this.
 MEMBERS_PER_PASS, WEIGHT_BYTES = 16, 1 << 30
@@ -163,37 +166,78 @@ def sweep(
         "batch_size": batch_size,
         "keep_logits": keep_logits,
     }
-    scores, logits, done = [], [], 0
+    record = _Record(y, keep_logits)
     if resume and checkpoint is not None and Path(checkpoint).exists():
-        state = load_checkpoint(Path(checkpoint), identity)
-        scores, logits, done = [state["scores"]], state["logits"], state["done"]
-    bar = Progress(label, count, count, done=done, enabled=progress, rounds="model")
+        record.load(load_checkpoint(Path(checkpoint), identity))
+    bar = Progress(label, count, count, done=record.done, enabled=progress, rounds="model")
     saved = time.monotonic()
     try:
         with deferred_interrupt() as interrupted:
-            while done < count:
-                stop = min(count, done + models.per_pass)
-                found = models.logits(_given(weights, done, stop, models))
-                four = ensemble_summary(found, y)[:4]  # of the members
-                accuracy, nll, brier, ece = (values.cpu() for values in four)
-                scores.append(torch.stack([nll, accuracy, brier, ece]))
-                if keep_logits:
-                    logits.append(found.cpu())
-                bar.step(stop - done)
-                done = stop
-                late = time.monotonic() - saved > SECONDS_BETWEEN_SAVES
-                if checkpoint is not None and (late or done == count or interrupted.is_set()):
-                    scores, logits = [torch.cat(scores, 1)], logits and [torch.cat(logits)]
-                    state = {"scores": scores[0], "logits": logits, "done": done}
-                    save_checkpoint(Path(checkpoint), identity, state)
+            while record.done < count:
+                stop = min(count, record.done + models.per_pass)
+                bar.step(stop - record.done)
+                record.add(models.logits(_given(weights, record.done, stop, models)))
+                end = record.done == count or interrupted.is_set()
+                save = end or time.monotonic() - saved > SECONDS_BETWEEN_SAVES
+                if checkpoint is not None and save:
+                    save_checkpoint(Path(checkpoint), identity, record.state())
                     saved = time.monotonic()
-                if interrupted.is_set() and done < count:
-                    raise SweepInterrupted(done, count, checkpoint)
-                record = {"epoch": done, "loss": float(nll[-1]), "accuracy": float(accuracy[-1])}
-                bar.epoch(record)
+                if interrupted.is_set() and record.done < count:
+                    raise SweepInterrupted(record.done, count, checkpoint)
+                if end or record.due():
+                    bar.epoch(record.line())
     finally:
         bar.close()
-    return Sweep(*torch.cat(scores, 1), torch.cat(logits) if keep_logits else None)
+    found = record.state()
+    return Sweep(*found["scores"][0], found["logits"][0] if keep_logits else None)
+
+
+class _Record:
+    """What a sweep has found so far: logits that wait for being scored, scores, logits to keep."""
+
+    def __init__(self, y: Tensor, keep: bool) -> None:
+        self.y, self.keep, self.done = y, keep, 0
+        self.waiting: list[Tensor] = []
+        self.scores: list[Tensor] = []  # [4, models] each: loss, accuracy, Brier, ECE
+        self.logits: list[Tensor] = []
+        self.scored = time.monotonic()
+
+    def add(self, logits: Tensor) -> None:
+        """Takes [M, N, C] of the next models."""
+        self.waiting.append(logits)
+        self.done += logits.shape[0]
+
+    def due(self) -> bool:
+        """Whether scores should not wait any longer."""
+        waiting = sum(part.shape[0] for part in self.waiting)
+        full = waiting >= WAITING or sum(part.nbytes for part in self.waiting) >= WAITING_BYTES
+        return full or time.monotonic() - self.scored >= SECONDS_BETWEEN_SCORES
+
+    def score(self) -> None:
+        """Scores what waits."""
+        if self.waiting:
+            logits = torch.cat(self.waiting)
+            accuracy, nll, brier, ece = ensemble_summary(logits, self.y)[:4]  # of the members
+            self.scores.append(torch.stack([nll, accuracy, brier, ece]).cpu())
+            self.logits += [logits.cpu()] if self.keep else []
+        self.waiting, self.scored = [], time.monotonic()
+
+    def line(self) -> dict[str, Any]:
+        """Of the latest model, for the display."""
+        self.score()
+        loss, accuracy = self.scores[-1][:2, -1].tolist()
+        return {"epoch": self.done, "loss": loss, "accuracy": accuracy}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, and the result: all in one."""
+        self.score()
+        self.scores = [torch.cat(self.scores, 1)] if self.scores else []
+        self.logits = [torch.cat(self.logits)] if self.logits else []
+        return {"scores": self.scores, "logits": self.logits, "done": self.done}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.scores, self.logits, self.done = state["scores"], state["logits"], state["done"]
 
 
 class _Models:
@@ -220,6 +264,10 @@ class _Models:
                 self.rows = calibration.to(self.device)
         self.x = x.to(self.device)
         self.per_pass = 1
+        self.point = torch.zeros(self.layout.P, dtype=self.layout.dtype, device=self.device)
+        views = self.layout.views(self.point)
+        for name, parameter in self.network.named_parameters():
+            parameter.data = views[name]
         self.stacks: dict[int, StackedEnsemble] = {}
 
     def choose(self, count: int, weights: Tensor) -> int:
@@ -232,8 +280,7 @@ class _Models:
         if most == 1:
             return 1
         try:
-            stack = self._stack(2)
-            self._set(stack.model, weights.expand(2, -1))
+            stack = self._stack(2, weights.expand(2, -1))
             stack.runs(self.x[: self.batch_size])
         except ValueError:  # the network cannot be batched
             return 1
@@ -243,21 +290,18 @@ class _Models:
         """Weights [M, P] to logits [M, N, C]."""
         M = weights.shape[0]
         if M == 1:
-            self._set(self.network, weights[0])
+            self.point.copy_(weights[0])  # all parameters are views of it
             return self._run(self.network)[None]
-        stack = self._stack(M)
-        self._set(stack.model, weights)
-        return self._run(stack)
+        return self._run(self._stack(M, weights))
 
-    def _stack(self, members: int) -> StackedEnsemble:
+    def _stack(self, members: int, weights: Tensor) -> StackedEnsemble:
+        """One network of so many members, with these weights."""
         if members not in self.stacks:  # two at most: the last pass may have fewer
             self.stacks[members] = StackedEnsemble.like(self.network, members, how="batched").eval()
-        return self.stacks[members]
-
-    def _set(self, network: nn.Module, weights: Tensor) -> None:
-        views = self.layout.views(weights)
-        for name, parameter in network.named_parameters():
+        stack, views = self.stacks[members], self.layout.views(weights)
+        for name, parameter in stack.model.named_parameters():
             parameter.copy_(views[name])
+        return stack
 
     def _run(self, network: nn.Module) -> Tensor:
         if self.rows is not None:

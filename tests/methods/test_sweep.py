@@ -16,6 +16,7 @@ from landscape_fast.nn.coefficients import Line
 from landscape_fast.ops import ensemble_summary
 
 S, N = 7, 23
+MODULE = sys.modules["landscape_fast.methods.sweep"]
 
 
 def residual():
@@ -174,6 +175,7 @@ def test_a_foreign_checkpoint_is_refused(foreign, tmp_path):
 
 def test_shows_progress(capsys, monkeypatch):
     monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(MODULE, "SECONDS_BETWEEN_SCORES", 0.0)
     model, _, weights, x, y, _ = problem(BUILD["mlp"])
     sweep(model, weights, S, x, y, per_pass=3, label="line")
     lines = capsys.readouterr().err.splitlines()
@@ -213,11 +215,10 @@ class Scaled(nn.Sequential):
 
 
 def test_how_many_go_together_on_a_gpu():
-    module = sys.modules["landscape_fast.methods.sweep"]
     cases = (residual, 5, 5), (residual, 100, 16), (Mixing, 5, 1), (Scaled, 5, 1)
     for build, count, most in cases:
         model, _, weights, x, _, calibration = problem(build)
-        models = module._Models(model, x, calibration, "recalibrate", 9)
+        models = MODULE._Models(model, x, calibration, "recalibrate", 9)
         assert models.together(count, weights(0, 1)) == most
         assert models.choose(count, weights(0, 1)) == 1  # on this CPU
 
