@@ -35,7 +35,7 @@ _POINTERS = {  # any strides
     "product ieee skinny": _rows(16, 64, 32, 4, 3),
     "mixed half medium": _rows(128, 64, 32, 8, 3),
     "mixed half tiny": _rows(64, 64, 32, 4, 3),
-    "mixed half skinny": _rows(16, 64, 64, 4, 3),
+    "mixed half skinny": _rows(16, 64, 32, 4, 4),
     "mixed tf32 medium": _rows(128, 64, 32, 8, 3),
     "mixed tf32 tiny": _rows(64, 64, 32, 4, 3),
     "mixed tf32 skinny": _rows(16, 64, 32, 4, 3),
