@@ -60,6 +60,7 @@ _MIXED = {
 }
 _INSTEAD = {  # where the ones above spill
     (80, "fwd tf32 32"): _pixels(128, 32, 32, 8, 3),
+    (80, "weight half 64"): Config({"BLOCK_K": 64, "BLOCK_O": 64, "BLOCK_P": 32}, 8, 3),
     (90, "fwd ieee 32"): _pixels(64, 32, 32, 8, 2),
     (100, "fwd half thin"): _pixels(128, 32, 32, 4, 2),
     (100, "fwd ieee thin"): _pixels(64, 32, 16, 4, 2),

@@ -57,7 +57,10 @@ def subspace_conv2d(
         stride: as in `torch.nn.functional.conv2d`; dilation and groups: likewise.
         padding: numbers, "same" (stride 1 only) or "valid".
         layout: "member_major" or "folded".
-        backend: "auto" or "torch"; see `landscape_fast.show_config`.
+        backend: "auto", "torch", "triton" or "cuda"; see `landscape_fast.show_config`. On CUDA
+            tensors "auto" takes, for each shape and each of y, dx and dweight, what is expected to
+            be quickest: kernels that run all members in one launch, where channels are last and
+            groups is 1, or calls of the library. "cuda" is for 3 by 3 weights of 16 or 32 channels.
 
     Returns:
         [M, B, O, H', W'], or [M*B, O, H', W'] for the folded layout, in the dtype of `x` (of
@@ -68,9 +71,10 @@ def subspace_conv2d(
         TypeError: if an argument is not a tensor.
         ValueError: if shapes, dtypes, devices or options disagree, or the backend cannot run here.
 
-    Cost: M convolutions of B images, and `combine` of the anchors. Of the activations x alone is
-        kept for the backward. With one member this is `torch.nn.functional.conv2d` itself, also
-        under autocast. Differentiable to any order.
+    Cost: M convolutions of B images, and `combine` of the anchors, again in the backward. Of the
+        activations x alone is kept for it, and no mixed weight. With one member this is
+        `torch.nn.functional.conv2d` itself, also under autocast, whose gradients are rounded as it
+        rounds them. Differentiable to any order.
 
     Source: lines and simplexes of Wortsman et al. 2021 (arXiv:2102.10472), curves of Garipov et al.
         2018 (arXiv:1802.10026).

@@ -173,6 +173,21 @@ def test_forced_kernels_leave_groups_to_the_library(monkeypatch, device):
     torch.testing.assert_close(subspace_conv2d(*arguments, **options), truth)
 
 
+def test_compiles_by_itself():
+    """Whole graphs, of one member and of the plan that the op makes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(subspace_conv2d, fullgraph=True, backend="aot_eager")
+    x, anchors, coeffs, bias = inputs()
+    for arguments in ((x, anchors, coeffs, bias), (x[:1], anchors[:1], None, bias[:1])):
+        wanted = [t for t in arguments if t is not None]
+        y, z = compiled(*arguments, padding=1), subspace_conv2d(*arguments, padding=1)
+        torch.testing.assert_close(y, z)
+        dy = torch.randn_like(z)
+        found, expected = (torch.autograd.grad(of, wanted, dy) for of in (y, z))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_float64_under_autocast_stays_so():
     arguments = [t.detach().double() for t in inputs()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
