@@ -83,6 +83,7 @@ def parts(device: str, quick: bool, out: Path) -> list[Part]:
         bench("subspace_conv2d", 25),
         bench("subspace_linear", 15),
         bench("subspace_step", 30),
+        bench("sweep", 30),
         bench("anchor_step", 12),
         bench("gram", 12),
         bench("perturb", 12),
