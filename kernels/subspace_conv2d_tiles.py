@@ -64,6 +64,8 @@ _INSTEAD = {  # where the ones above spill
     (90, "fwd ieee 32"): _pixels(64, 32, 32, 8, 2),
     (100, "fwd half thin"): _pixels(128, 32, 32, 4, 2),
     (100, "fwd ieee thin"): _pixels(64, 32, 16, 4, 2),
+    (100, "x tf32 mixed 32"): _pixels(128, 32, 32, 8, 2),
+    (100, "x ieee mixed 32"): _pixels(64, 32, 16, 8, 2),
 }
 _SPILLS = {(100, "weight half boxes 256")}  # there the next narrower tile serves
 SHIPPED: dict[tuple[int, str], Config] = {

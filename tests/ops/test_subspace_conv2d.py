@@ -199,7 +199,7 @@ def test_only_wanted_gradients(every_way, device):
     truth = subspace_conv2d_reference(*every)
     dy = torch.randn_like(truth)
     expected = torch.autograd.grad(truth, every, dy)
-    for places in ("0", "1", "2", "3", "13"):
+    for places in ("0", "2", "13"):
         wanted = [str(i) in places for i in range(4)]
         some = [t.clone().requires_grad_(w) for t, w in zip(arguments, wanted, strict=True)]
         subspace_conv2d(*some, backend=every_way).backward(dy)
