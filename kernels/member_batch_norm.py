@@ -131,8 +131,8 @@ def member_batch_norm_stats_kernel(
                 var_ptr, momentum)  # fmt: skip
     else:
         part_ptr += split.to(tl.int64) * 2 * M * F + channel
-        tl.store(part_ptr, middle.to(tl.float32), mask=in_f)
-        tl.store(part_ptr + M.to(tl.int64) * F, m2.to(tl.float32), mask=in_f)
+        tl.store(part_ptr, middle, mask=in_f)
+        tl.store(part_ptr + M.to(tl.int64) * F, m2, mask=in_f)
 
 
 @triton.jit(do_not_specialize=["channels", "R", "rows", "splits"])
@@ -252,7 +252,7 @@ def member_batch_norm_stats(
         plan, config = cut((x,), config)
         part = None
         if plan.splits > 1:
-            part = mean.new_empty((plan.splits, 2, plan.M, plan.F))
+            part = mean.new_empty((plan.splits, 2, plan.M, plan.F), dtype=torch.float64)
         running = running_mean, running_var, mean, var
         launch(
             member_batch_norm_stats_kernel, "member_batch_norm", plan, config, x, *running, part,

@@ -203,7 +203,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [
         Case(
             "deep_together",
-            {"network": name, "M": M, "B": B},
+            {"step": "train", "network": name, "M": M, "B": B},
             torch.float32,
             partial(make, name=name, M=M, B=B),
             partial(truth, name=name),

@@ -1,6 +1,8 @@
 """Every op as the GPU tests call it: inputs, the call, the definition, and the dtypes it takes."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
@@ -51,7 +53,7 @@ class Entry(NamedTuple):
     reference: Callable
     make: Callable[[int], list[torch.Tensor]]
     gradients: bool = True
-    kept: int = 0  # outputs' worth of numbers that the backward must have besides the inputs
+    kept: float = 0  # outputs' worth of numbers that the backward must have besides the inputs
     only: tuple[str, ...] = ()  # the kernels that can do it, where not all can
 
     def inputs(self, dtype: torch.dtype, scale: int = 1, device="cuda") -> list[torch.Tensor]:
@@ -310,30 +312,29 @@ def _perturb_entries():
         yield Entry(name, "perturb", *calls, make(one_model))
 
 
+NORM_ROWS = {"contiguous": (19, 9, 9), "channels-last": (19, 9, 9), "no pixels": (209,)}
+
+
 def _norm(order):
     def make(scale):
-        M, B, channels, side = 3, 19 * scale, 18, 9
-        parameters = [1 + 0.3 * torch.randn(M, channels), torch.randn(M, channels)]
-        if order == "no pixels":
-            return [torch.randn(M, 11 * B, channels), *parameters]
+        M, channels, (B, *pixels) = 3, 18, NORM_ROWS[order]
+        x = torch.randn(M, B * scale, channels, *pixels)
         if order == "channels-last":
-            return [torch.randn(M, B, side, side, channels).movedim(-1, 2), *parameters]
-        return [torch.randn(M, B, channels, side, side), *parameters]
+            x = x.movedim(2, -1).contiguous().movedim(-1, 2)
+        return [x, 1 + 0.3 * torch.randn(M, channels), torch.randn(M, channels)]
 
     return make
 
 
 def _norm_entries():
-    for order in ("contiguous", "channels-last", "no pixels"):
+    for order, rows in NORM_ROWS.items():
         for activation in (None, "relu"):
             options = {"training": True, "activation": activation}
-            yield Entry(
-                f"batch norm {order} {activation}",
-                "member_batch_norm",
-                partial(member_batch_norm, **options),
-                partial(member_batch_norm_reference, **options),
-                _norm(order),
-            )
+            both = (member_batch_norm, member_batch_norm_reference)
+            calls = (partial(f, **options) for f in both)
+            kept = Fraction(2, math.prod(rows))  # mean and variance of a channel
+            name = f"batch norm {order} {activation}"
+            yield Entry(name, "member_batch_norm", *calls, _norm(order), kept=kept)
 
 
 ENTRIES = (

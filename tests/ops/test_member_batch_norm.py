@@ -3,72 +3,25 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
-from landscape_fast.nn import EnsembleBatchNorm1d
-from landscape_fast.ops import _member_batch_norm_ways as ways
-from landscape_fast.ops import member_batch_norm, member_batch_norm_reference
-from landscape_fast.testing import (
-    assert_as_exact,
-    check_hessian,
-    check_op,
-    check_registered,
-    check_transforms,
-    fenced,
+from ops.norm_problem import (
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    ORDERS,
+    inputs,
+    members_of,
+    op,
+    reference,
+    statistics,
 )
 
-BACKENDS = ["torch", "triton"]
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # not to be trusted when interpreted
-]
-LAYOUTS = ["member_major", "batch_major", "folded"]
+from landscape_fast.ops import _member_batch_norm_ways as ways
+from landscape_fast.ops import member_batch_norm, member_batch_norm_reference
+from landscape_fast.testing import assert_as_exact, check_op, fenced
+
 # (M, B, F, *pixels): features or pixels next to one another, many or few; the last three in two
 # splits. Many channels: with few, whose rounding errors are the largest is a matter of chance.
 SHAPES = [(3, 5, 14), (2, 3, 40, 1, 1), (3, 110, 11, 3, 2), (1, 33, 3, 19, 17), (2, 301, 33)]
-ORDERS = ["contiguous", "channels_last"]
-
-
-def statistics(weight):
-    """Running mean and variance to start from: fresh tensors with the same values every time."""
-    ramp = torch.linspace(0, 1, weight.numel(), dtype=weight.dtype, device=weight.device)
-    return [(2 * ramp - 1).view(weight.shape), (ramp + 0.5).view(weight.shape)]
-
-
-def with_statistics(function):
-    """The op as a function of x, weight and bias."""
-
-    def call(x, weight, bias, **options):
-        options.setdefault("training", True)
-        return function(x, weight, bias, *statistics(weight), **options)
-
-    return call
-
-
-op, reference = with_statistics(member_batch_norm), with_statistics(member_batch_norm_reference)
-
-
-def inputs(shape, layout="member_major", order="contiguous", device="cpu", **options):
-    """x in a layout, far from standard in every channel, and weight and bias."""
-    M, B, features, *pixels = shape
-    channel = torch.arange(M * features, dtype=torch.float32).view(
-        M, 1, features, *[1] * len(pixels)
-    )
-    # drawn first: `check_op` seeds its gradient as the tests are, and dx of dy = x is zero
-    parameters = torch.randn(M, features), torch.randn(M, features)
-    x = torch.randn(shape) * (1 + channel % 3) + channel % 5 - 2
-    first = {"member_major": (M, B), "batch_major": (B, M), "folded": (M * B,)}[layout]
-    x = x.transpose(0, 1) if layout == "batch_major" else x
-    x = x.reshape(*first, features, *pixels).contiguous()
-    if order == "channels_last":
-        x = x.movedim(len(first), -1).contiguous().movedim(-1, len(first))
-    return [t.to(device, **options) for t in (x, *parameters)]
-
-
-def members_of(x, M, layout):
-    if layout == "folded":
-        return x.unflatten(0, (M, -1))
-    return x.transpose(0, 1) if layout == "batch_major" else x
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -138,12 +91,17 @@ def test_three_steps_are_those_of_batch_norm_for_each_member(shape, layout, back
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_far_from_zero_keep_their_digits(backend, device):
-    """A sum of squares in float32 would leave none of the variance: it is 1e-8 of the square."""
+    """A sum of squares in float32 would leave none of the variance: it is 1e-8 of the square.
+
+    The library loses four digits more than our kernel, which takes deviations from a number of the
+    channel, so that they are exact.
+    """
     x = 1e4 + torch.randn(2, 700, 3, device=device)
     mean, var = torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device)
     member_batch_norm(x, None, None, mean, var, training=True, momentum=1.0, backend=backend)
     torch.testing.assert_close(mean.double(), x.double().mean(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(var.double(), x.double().var(1), rtol=1e-4, atol=0)
+    rtol = 1e-6 if backend == "triton" else 1e-4
+    torch.testing.assert_close(var.double(), x.double().var(1), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -265,179 +223,3 @@ def test_nothing_to_do(backend, device):
         grads = torch.autograd.grad(y.sum(), (x, weight))
         assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
     assert torch.equal(running[0], statistics(weight)[0])
-
-
-# -- autograd, transforms, compilation -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_float64_gradients(training, device):
-    tensors = inputs((2, 3, 2, 2), device=device, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in tensors]
-
-    def function(*tensors):
-        return op(*tensors, training=training)
-
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_hessians(training, backend, device):
-    given = inputs((2, 3, 2, 2), device=device)
-
-    def definition(*tensors):
-        return reference(*tensors, training=training)
-
-    check_hessian(op, definition, given, backend=backend, training=training)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_transforms_and_compile(backend, device):
-    """Without running statistics in training: torch.func does not let a function write them."""
-    given = inputs((2, 3, 2, 2), device=device)
-
-    def call(*tensors, **options):
-        return member_batch_norm(*tensors, training=True, **options)
-
-    def definition(*tensors):
-        return member_batch_norm_reference(*tensors, training=True)
-
-    check_transforms(call, definition, given, backend=backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_training_moves_the_running_statistics(backend, device):
-    torch._dynamo.reset()
-    tensors = inputs((2, 3, 2, 2), device=device)
-    tensors[0].requires_grad_()
-
-    def train(x, weight, bias, mean, var):
-        return member_batch_norm(x, weight, bias, mean, var, training=True, backend=backend).sin()
-
-    compiled = torch.compile(train, backend="aot_eager", fullgraph=True)
-    mine, want = statistics(tensors[1]), statistics(tensors[1])
-    for _ in range(2):
-        y, right = compiled(*tensors, *mine), train(*tensors, *want)
-        torch.testing.assert_close(y, right)
-        for a, b in zip(mine, want, strict=True):
-            torch.testing.assert_close(a, b)
-        grads = [torch.autograd.grad(z.sum(), tensors[0])[0] for z in (y, right)]
-        torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_registered_ops(backend, device):
-    x, weight, bias = inputs((2, 3, 4, 2, 2), device=device)
-    mean, var = statistics(weight)
-    layout = "member_major"
-    check_registered(ways.stats_op, (x, mean, var, layout, 0.1, backend))
-    check_registered(ways.apply_op, (x, weight, bias, mean, var, layout, 1e-5, True, backend))
-    check_registered(
-        ways.backward_op,
-        (x, x, weight, bias, mean, var, layout, 1e-5, True, True, True, True, backend),
-    )
-
-
-def test_meta_tensors_have_the_shapes_and_strides_of_results():
-    for order in ORDERS:
-        x, weight, bias = inputs((2, 3, 4, 3, 2), order=order)
-        want = op(x, weight, bias)
-        meta = [t.to("meta") for t in (x, weight, bias)]
-        y = member_batch_norm(*meta, *statistics(meta[1]), training=True)
-        assert y.device.type == "meta" and y.stride() == want.stride()
-
-
-def test_a_layer_without_momentum_averages_over_its_batches(device):
-    """momentum None of nn.BatchNorm: the op is told 1 / n."""
-    layer = EnsembleBatchNorm1d(3, 2, momentum=None).to(device)
-    batches = [torch.randn(2, 5, 3, device=device) for _ in range(4)]
-    for x in batches:
-        layer(x)
-    mean = torch.stack([x.mean(1) for x in batches]).mean(0)
-    torch.testing.assert_close(layer.running_mean, mean)
-    torch.testing.assert_close(layer.running_var, torch.stack([x.var(1) for x in batches]).mean(0))
-
-
-X, W = torch.randn(2, 5, 3), torch.randn(2, 3)
-ERRORS = [
-    (lambda: member_batch_norm([1.0], training=True), TypeError, r"x must be a Tensor \[M, B, F, "),
-    (
-        lambda: member_batch_norm(X[0], training=True),
-        ValueError,
-        r"x must be \[M, B, F, ...\]; got",
-    ),
-    (
-        lambda: member_batch_norm(X.long(), training=True),
-        ValueError,
-        "x must be one of float32, bfloat16, float16, float64; got torch.int64",
-    ),
-    (
-        lambda: member_batch_norm(X, W[:1], training=True),
-        ValueError,
-        r"weight must be \[M, F\] with M = 2, F = 3; got \[1, 3\]",
-    ),
-    (
-        lambda: member_batch_norm(X, W.double(), training=True),
-        ValueError,
-        "weight must be of the dtype of x, float32; got float64",
-    ),
-    (
-        lambda: member_batch_norm(X, None, None, W, training=True),
-        ValueError,
-        "running_var must be given exactly where running_mean is; got None",
-    ),
-    (
-        lambda: member_batch_norm(X, training=False),
-        ValueError,
-        "running_mean must be given in evaluation; got None",
-    ),
-    (
-        lambda: member_batch_norm(X, None, None, W.t().contiguous().t(), W, training=True),
-        ValueError,
-        r"running_mean must be contiguous; got strides \(1, 2\)",
-    ),
-    (
-        lambda: member_batch_norm(X[:, :1], training=True),
-        ValueError,
-        r"x must be of more than one number per channel in training; got \[2, 1, 3\]",
-    ),
-    (
-        lambda: member_batch_norm(X[0], training=True, layout="folded"),
-        ValueError,
-        "members must be given where no tensor .* tells M; got None; pass members=",
-    ),
-    (
-        lambda: member_batch_norm(X[0], W, training=True, layout="folded"),
-        ValueError,
-        r"x must be \[M\*B, F, ...\] with M = 2; got \[5, 3\]",
-    ),
-    (
-        lambda: member_batch_norm(X, training=True, members=3),
-        ValueError,
-        "members must be M = 2; got 3",
-    ),
-    (
-        lambda: member_batch_norm(X, training=True, layout="tabm"),
-        ValueError,
-        r"layout must be one of \('member_major', 'batch_major', 'folded'\); got 'tabm'",
-    ),
-    (
-        lambda: member_batch_norm(X, training=True, activation="gelu"),
-        ValueError,
-        "activation must be None or 'relu'; got 'gelu'",
-    ),
-    (
-        lambda: member_batch_norm(X, training=True, momentum=1.5),
-        ValueError,
-        r"momentum must be a number in \[0, 1\]; got 1.5",
-    ),
-    (lambda: member_batch_norm(X, training=True, eps=-1.0), ValueError, "eps must be a number of "),
-]
-
-
-@pytest.mark.parametrize("call, kind, text", ERRORS)
-def test_errors(call, kind, text):
-    with pytest.raises(kind, match=f"^member_batch_norm: {text}"):
-        call()
