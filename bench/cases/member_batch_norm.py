@@ -36,7 +36,7 @@ TINY = (
     ((2, 3, 4, (3, 2), torch.float32, False, ("train", "eager", "train-graph")), ()),
     ((2, 3, 4, (), torch.float32, False, ("train", "eager", "train-graph")), ()),
 )
-EPS = 1e-5
+EPS = 1.0  # the bench's gradient is dy = y, whose dx is zero, all rounding, where eps is small
 
 
 def op(x, weight, bias, **options):

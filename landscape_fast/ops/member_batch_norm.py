@@ -65,7 +65,8 @@ def member_batch_norm(
         backend: "auto", "torch" or "triton"; see `landscape_fast.show_config`.
 
     Returns:
-        The shape and dtype of `x`, dense, in its order of memory (channels-last stays).
+        The shape and dtype of `x`, dense, in its order of memory (channels-last stays); by the
+        library, without pixels, members beside features.
 
     Raises:
         TypeError: if an argument is not a tensor.
@@ -103,7 +104,7 @@ def member_batch_norm(
         return rows.new_empty(x.shape) + _nothing(x, weight, bias)
     if name == "torch" and _as_one(rows, tensors, layout):
         y = _in_one(rows, tensors, (training, momentum, eps), relu)
-        return from_members(y if layout == "batch_major" else y.contiguous(), layout)
+        return from_members(y, layout)
     if training:
         mean, var = stats_op(rows.detach(), running_mean, running_var, layout, momentum, name)
     else:

