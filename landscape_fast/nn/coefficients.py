@@ -65,10 +65,10 @@ def bezier(t: Tensor, anchors: int) -> Tensor:
         tensor([0.2500, 0.5000, 0.2500])
     """
     _check_count("bezier", anchors)
-    k = torch.arange(anchors, device=t.device)
-    ways = [math.comb(anchors - 1, i) for i in range(anchors)]
-    t = t.unsqueeze(-1)
-    return t.new_tensor(ways) * t.pow(k) * (1 - t).pow(anchors - 1 - k)
+    n = anchors - 1
+    # numbers as arguments of kernels: a tensor of them would be a copy to the device
+    terms = [float(math.comb(n, k)) * t.pow(k) * (1 - t).pow(n - k) for k in range(anchors)]
+    return torch.stack(terms, -1)
 
 
 def polychain(t: Tensor, anchors: int) -> Tensor:
@@ -240,16 +240,20 @@ def filter_normalised(direction: Tensor, weights: Tensor, layout: FlatLayout) ->
 
     Source: Li et al. 2018 (arXiv:1712.09913).
     """
-    result = torch.zeros_like(direction)
+    parts = []
     of_weights, of_direction = layout.views(weights), layout.views(direction)
-    for name, to in layout.views(result).items():
+    for name, size in zip(layout.names, layout.sizes, strict=True):
         w, d = of_weights[name], of_direction[name]
         if w.ndim > 1 and w.numel():
             inner = tuple(range(1 - w.ndim, 0))
             lengths = torch.linalg.vector_norm(d, dim=inner, keepdim=True)
             wanted = torch.linalg.vector_norm(w, dim=inner, keepdim=True)
-            to.copy_(d * torch.where(lengths > 0, wanted / lengths, 0))
-    return result
+            d = d * (wanted / torch.where(lengths > 0, lengths, 1))
+        else:
+            d = torch.zeros_like(d)
+        flat = d.reshape(*direction.shape[:-1], w.numel())
+        parts.append(torch.nn.functional.pad(flat, (0, size - w.numel())))
+    return torch.cat(parts, -1)
 
 
 class _Curve:

@@ -25,13 +25,19 @@ def distances(gram: Tensor) -> Tensor:
     """[..., K, K] -> [..., K, K], Euclidean distances between anchors."""
     squares = gram.diagonal(dim1=-2, dim2=-1)
     between = squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * gram
-    return between.clamp(min=0).sqrt()
+    return _root(between)
 
 
 def lengths(coeffs: Tensor, gram: Tensor) -> Tensor:
     """Norms of the vectors C A: coeffs [..., K], gram [K, K] -> [...]."""
     coeffs = coeffs.to(gram.dtype)
-    return torch.einsum("...i,ij,...j->...", coeffs, gram, coeffs).clamp(min=0).sqrt()
+    return _root(torch.einsum("...i,ij,...j->...", coeffs, gram, coeffs))
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Square roots; 0, with gradient 0, where rounding has left a square at 0 or below."""
+    none = squares <= 0
+    return squares.masked_fill(none, 1).sqrt().masked_fill(none, 0)
 
 
 def arc_length(coeffs: Tensor, gram: Tensor) -> Tensor:
@@ -61,7 +67,7 @@ def simplex_volume(gram: Tensor) -> Tensor:
     """
     first = gram[..., :1, :1]
     edges = gram[..., 1:, 1:] - gram[..., 1:, :1] - gram[..., :1, 1:] + first
-    return torch.linalg.det(edges).clamp(min=0).sqrt() / math.factorial(gram.shape[-1] - 1)
+    return _root(torch.linalg.det(edges)) / math.factorial(gram.shape[-1] - 1)
 
 
 class Plane(NamedTuple):

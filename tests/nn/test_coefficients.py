@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape_fast.nn import FlatLayout
 from landscape_fast.nn import coefficients as c
@@ -176,6 +177,22 @@ def test_filters_of_a_normalised_direction_are_as_long_as_those_of_the_weights()
         assert_as_exact(f"{name}: same direction", cosine, ones, ones)
 
 
+def test_a_normalised_direction_has_gradients_and_takes_many_at_once():
+    layout = FlatLayout(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    rows_ = torch.randn(3, layout.P, generator=torch.Generator().manual_seed(3))
+    directions, weights = (rows_.double() * layout.mask).split((2, 1))
+    leaves = directions.clone().requires_grad_(), weights[0].clone().requires_grad_()
+    normalised = c.filter_normalised(*leaves, layout)
+    assert torch.equal(normalised[1], c.filter_normalised(directions[1], leaves[1], layout))
+    # a filter keeps its length whatever the direction, and follows that of the weights
+    along, by_weights = torch.autograd.grad(normalised.square().sum() / 2, leaves)
+    twice = torch.zeros_like(weights[0])
+    for name, view in layout.views(twice).items():
+        view.copy_(2 * layout.views(weights[0])[name] * (view.ndim > 1))
+    torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-14)
+    torch.testing.assert_close(by_weights, twice, rtol=1e-13, atol=1e-14)
+
+
 SAMPLERS = [c.Line(), c.Simplex(4), c.Simplex(3, 0.5), c.Bezier(3), c.Bezier(5), c.PolyChain(4)]
 
 
@@ -199,6 +216,25 @@ def test_samplers(sampler):
         assert_as_exact("coordinates", back, first, first.double())
     else:
         assert torch.equal(sampler.at(torch.tensor(0.5)), middle)
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that are made from numbers of the host, which a CUDA graph cannot hold."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op is torch.ops.aten.lift_fresh.default
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_draws_bring_nothing_from_the_host(sampler):
+    with Copies() as copies:
+        sampler.draw(2, device="cpu")
+        assert copies.count == 0
+        torch.tensor([1.0])
+        assert copies.count == 1
 
 
 def test_refusals():

@@ -63,6 +63,7 @@ def test_every_kind_of_source_gives_the_same_vector(tied):
         assert torch.equal(layout.flatten(source), flat)
     dirty = flat + (layout.mask == 0)  # pads stay zero whatever the source has there
     assert torch.equal(layout.flatten(dirty), flat)
+    assert torch.equal(layout.flatten(flat.where(layout.mask != 0, torch.nan)), flat)
     assert torch.equal(layout.flatten_many([tied, flat, plain]), flat.expand(3, -1))
     assert layout.flatten(flat).data_ptr() != flat.data_ptr()
 

@@ -53,6 +53,21 @@ def test_arc_length_is_the_sum_of_chords(anchors, gram):
     close("length", g.arc_length(coeffs, gram), exact, exact[-1])
 
 
+def test_gradients_where_a_distance_is_0(anchors):
+    """That of an anchor to itself, and of two equal points of a path."""
+    leaves = anchors[:2].clone().requires_grad_()
+    t = torch.tensor([0.0, 0.5, 0.5, 1.0], dtype=torch.float64)
+    away = leaves.detach()[1] - leaves.detach()[0]
+    exact = torch.stack([-away, away]) / away.norm()
+    for name, length in (
+        ("distance", lambda gram: g.distances(gram)[0, 1]),
+        ("path", lambda gram: g.arc_length(line(t), gram)[-1]),
+    ):
+        (found,) = torch.autograd.grad(length(leaves @ leaves.T), leaves)
+        close(name, found, exact, 1)
+    assert g.distances(torch.full((2, 2), torch.nan)).isnan().all()
+
+
 @pytest.mark.parametrize("corners", [2, 3, 4, 5])
 def test_volume_of_a_regular_simplex(corners):
     points = 10 + torch.eye(corners, dtype=torch.float64)  # edges of length sqrt(2)
