@@ -65,9 +65,10 @@ def bezier(t: Tensor, anchors: int) -> Tensor:
         tensor([0.2500, 0.5000, 0.2500])
     """
     _check_count("bezier", anchors)
-    n = anchors - 1
+    n, rest = anchors - 1, 1 - t
     # numbers as arguments of kernels: a tensor of them would be a copy to the device
-    terms = [float(math.comb(n, k)) * t.pow(k) * (1 - t).pow(n - k) for k in range(anchors)]
+    between = [t.pow(k) * rest.pow(n - k) * float(math.comb(n, k)) for k in range(1, n)]
+    terms = [rest.pow(n), *between, t.pow(n)][:anchors]
     return torch.stack(terms, -1)
 
 
