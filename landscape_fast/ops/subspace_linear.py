@@ -65,11 +65,12 @@ def subspace_linear(
     Raises:
         TypeError: if an argument is not a tensor.
         ValueError: if shapes, dtypes, devices, strides or the layout disagree, or the backend
-            cannot run here. Anchors are never copied to make up for a stride.
+            cannot run here. Anchors are never copied to be mixed.
 
     Cost: 2 * M * B * I * O flops, and twice as many for the gradients, beside those of `combine`.
-        One member with a weight of its own costs what `F.linear` costs. The backward keeps `x` and
-        the mixed weights. Gradients are deterministic, and differentiable to any order.
+        One member with a weight of its own is `F.linear` itself, also under autocast, whose
+        gradients are rounded as it rounds them. The backward keeps `x` and the weights, the mixed
+        ones where no kernel mixes. Gradients are deterministic, and differentiable to any order.
 
     Source: the lines and simplexes of Wortsman et al. 2021 (arXiv:2102.10472), the curves of
         Garipov et al. 2018 (arXiv:1802.10026); with coeffs None, a deep ensemble.
@@ -82,9 +83,10 @@ def subspace_linear(
         >>> subspace_linear(torch.tensor([[2.0, 6.0]]), ends, line)[:, 0, 0]
         tensor([2., 4., 6.])
     """
-    rows = alone(x, anchors, coeffs, bias, layout) if backend in ("auto", "torch") else None
-    if rows is not None:
-        return _plain(rows, anchors, bias, layout)
+    if backend in ("auto", "torch") and _dispatch.FORCED in ("auto", "torch"):
+        rows = alone(x, anchors, coeffs, bias, layout)
+        if rows is not None:
+            return _plain(rows, anchors, bias, layout)
     check_types(x, anchors, coeffs, bias, layout)
     x, anchors, coeffs, bias = autocast_input(x, anchors, coeffs, bias)
     members = check(x, anchors, coeffs, bias, layout)
@@ -148,7 +150,7 @@ def _plan(name, backend, x, anchors, coeffs, bias) -> Plan:
     """How to run: as forced, or else as the tables say."""
     members = anchors.shape[0] if coeffs is None else coeffs.shape[0]
     shared = x.ndim == 2
-    if backend == "triton" or _dispatch.FORCED == "triton":
+    if name == "triton" and name in (backend, _dispatch.FORCED):
         return forced_plan(shared, coeffs)
     B, O = x.shape[-2], anchors.shape[1]
     if members == 1 and x.dtype == anchors.dtype:

@@ -13,6 +13,7 @@ from landscape_fast.kernels import subspace_linear as forward
 from landscape_fast.kernels import subspace_linear_backward as backward
 from landscape_fast.kernels import subspace_linear_tiles as tiles
 from landscape_fast.kernels._launch import Config
+from landscape_fast.ops import _dispatch
 from landscape_fast.ops import _subspace_linear_plan as plans
 from landscape_fast.ops._subspace_linear_kernels import product_op, weight_gradient_op
 from landscape_fast.ops.subspace_linear import subspace_linear, subspace_linear_reference
@@ -232,3 +233,22 @@ def test_splits_of_the_weight_gradient():
     assert splits * examples >= 1000 > (splits - 1) * examples and examples % 16 == 0
     assert 1 < splits <= 132 // 2
     assert tiles.weight_split(config, 132, tiles.Sizes(1, 3, 16, 16)) == (1, 16)
+
+
+def test_kernels_that_are_forced_for_all_calls_leave_the_others_to_the_library(monkeypatch, device):
+    """Those that ask for "torch", and dtypes without kernels; a single member is no exception."""
+    launched = []
+    original = forward.subspace_linear_product
+    monkeypatch.setattr(
+        forward, "subspace_linear_product", lambda *a: launched.append(a) or original(*a)
+    )
+    monkeypatch.setattr(_dispatch, "FORCED", "triton")
+    x, anchors, _, bias = inputs(0, "member_major", device, B=3, I=5, O=4)
+    truth = subspace_linear_reference(x, anchors, None, bias)
+    torch.testing.assert_close(subspace_linear(x, anchors, None, bias, backend="torch"), truth)
+    doubles = [t.double() for t in (x, anchors, bias)]
+    y = subspace_linear(doubles[0], doubles[1], None, doubles[2])
+    torch.testing.assert_close(y, subspace_linear_reference(*doubles[:2], None, doubles[2]))
+    assert not launched
+    torch.testing.assert_close(subspace_linear(x[:1], anchors[:1], None, bias[:1]), truth[:1])
+    assert len(launched) == 1
