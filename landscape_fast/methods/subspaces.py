@@ -1,5 +1,6 @@
 """Subspaces of networks trained in one run: lines, simplexes, curves, and ensembles inside them."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,10 +156,14 @@ def cos2_penalty(subspace: Subspace, pair: tuple[int, int] | None = None) -> Ten
         pair: which two, in the order of `subspace.order`; None draws them from torch's global
             generator, if there are more than two.
 
+    Raises:
+        ValueError: if there is only one anchor.
+
     Source: Wortsman et al. 2021 (arXiv:2102.10472). `AnchorSGD(cos2=...)` does it in its step.
     """
+    K = len(subspace.order)
+    require(K >= 2, "cos2_penalty", "subspace", "one of at least 2 anchors", f"one of {K}")
     if pair is None:
-        K = len(subspace.order)
         pair = (0, 1) if K == 2 else tuple(torch.randperm(K)[:2].tolist())
     fixed, anchors = subspace.fixed, subspace.anchors
     rows = anchors if fixed is None else torch.cat([anchors, fixed])
@@ -222,5 +227,4 @@ def average_prediction(logits: Tensor, average: str = "probabilities") -> Tensor
     require(average in AVERAGES, "average_prediction", "average", rule, repr(average))
     if average == "logits":
         return logits.mean(0).log_softmax(-1)
-    log_m = torch.tensor(float(logits.shape[0])).log()
-    return logits.log_softmax(-1).logsumexp(0) - log_m.to(logits.device)
+    return logits.log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])

@@ -214,6 +214,7 @@ def test_averages_of_predictions():
     wide = logits.double()
     plain_, exact = logits.softmax(-1).mean(0).log(), wide.softmax(-1).mean(0).log()
     assert_as_exact("probabilities", average_prediction(logits), plain_, exact)
+    assert_as_exact("in float64", average_prediction(wide), exact, exact)
     plain_, exact = (t.mean(0).log_softmax(-1) for t in (logits, wide))
     assert_as_exact("logits", average_prediction(logits, "logits"), plain_, exact)
     sure = torch.tensor([[[400.0, -400.0]], [[-400.0, 400.0]]])  # no overflow, no log of zero
@@ -230,6 +231,8 @@ def test_refusals():
         train_subspace(plain, x, y, SGD, beta=-1)
     with pytest.raises(ValueError, match=r"y must be \[N\] with N = 50; got \[3\]"):
         train_subspace(plain, x, y[:3], SGD)
+    with pytest.raises(ValueError, match="cos2_penalty: subspace must be one of at least 2 anc"):
+        cos2_penalty(Subspace(smooth(), 1, Simplex(1)))
     with pytest.raises(ValueError, match=r"logits must be \[M, N, C\]; got \[5, 4\]"):
         average_prediction(torch.zeros(5, 4))
     with pytest.raises(ValueError, match="average must be one of .*; got 'votes'"):
