@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorSGD
+from landscape_fast.methods.checkpoint import describe_rows
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.splits import check_rows
 from landscape_fast.methods.subspaces import TrainedSubspace
@@ -122,12 +123,14 @@ def train_curve(
     rule = "'sgd' or 'adam'"
     known = config.optimizer in ("sgd", "adam")
     require(known, op, "config.optimizer", rule, repr(config.optimizer))
+    shared = config.member_batches == "shared"
+    require(shared, op, "config.member_batches", "'shared'", repr(config.member_batches))
     curve = new_curve(start, end, kind=kind, bends=bends)
     device, label = curve.anchors.device, f"{kind} curve"
     path = None if directory is None else Path(directory) / f"curve-{kind}-{stream:03d}.pt"
     run = _CurveRun(curve, x.to(device), y.to(device), config, stream, label, path, on_step)
-    ends = [float(end.double().norm()) for end in curve.fixed]
-    run.identity |= {"method": "curve", "ends": str(ends)}
+    ends = describe_rows(curve.fixed.double(), torch.empty(0))
+    run.identity |= {"method": "curve", "ends": ends}
     history = run.execute(resume, progress)
     curve.move_to_(curve.coefficients.midpoint())
     return TrainedSubspace(curve, [history])

@@ -132,8 +132,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, steps):
     assert torch.equal(resumed.subspace.anchors, expected.subspace.anchors)
     assert numbers(resumed.histories) == numbers(expected.histories)
     assert resumed.seconds[0] > 0
-    with pytest.raises(ValueError, match="checkpoint must be of this configuration; got ends"):
-        train_curve(end, start, *rows(), SGD, directory=tmp_path, resume=True, progress=False)
+    turned = copy.deepcopy(start)
+    with torch.no_grad():
+        next(turned.parameters()).neg_()  # another network of the same norm
+    for ends in ((end, start), (turned, end)):
+        with pytest.raises(ValueError, match="checkpoint must be of this configuration; got ends"):
+            train_curve(*ends, *rows(), SGD, directory=tmp_path, resume=True, progress=False)
 
 
 @pytest.mark.gpu
@@ -166,6 +170,7 @@ def test_wrong_arguments_are_refused():
         ({"kind": "arc"}, SGD, "new_curve: kind must be one of .*; got 'arc'"),
         ({"bends": 0}, SGD, "new_curve: bends must be an integer of at least 1; got 0"),
         ({}, TrainConfig(optimizer="adamw"), "train_curve: config.optimizer must be 'sgd' or 'ad"),
+        ({}, TrainConfig(member_batches="own"), "train_curve: config.member_batches must be 'sha"),
     ]
     for options, config, message in cases:
         with pytest.raises(ValueError, match=message):
