@@ -1,5 +1,6 @@
 """Training and measuring for `landscape-fast subspace|curve`: networks along paths."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,12 +11,11 @@ from torch import Tensor
 from landscape_fast.landscape import path_plots
 from landscape_fast.methods import train_deep_ensemble
 from landscape_fast.methods.curves import straight_line, train_curve
-from landscape_fast.methods.subspaces import train_subspace
+from landscape_fast.methods.subspaces import cos2_penalty, train_subspace
 from landscape_fast.methods.sweep import sweep
 from landscape_fast.nn.coefficients import Bezier, Line, PolyChain, Simplex
 from landscape_fast.nn.statistics import batch_norms
 from landscape_fast.nn.subspace import Subspace
-from landscape_fast.ops.gram import gram
 from landscape_fast.studies.presets import EVALUATION_ROWS
 from landscape_fast.studies.subspace_runs import Found, Job, error_note
 
@@ -88,6 +88,9 @@ def _in_triangle(job: Job, found: Found, subspace: Subspace) -> None:
 def run_curve(job: Job) -> Found:
     """Two networks, a curve between them, and the straight line."""
     args, config = job.args, job.config
+    if config.optimizer not in ("sgd", "adam"):  # before the ends are trained
+        got = f"got {config.optimizer}"
+        args.usage_error(f"argument --optimizer: must be sgd or adam for a curve; {got}")
     options = job.options()
     ends = train_deep_ensemble(job.build, *job.rows(), config, members=2, **options)
     start, end = ends.model.members
@@ -185,16 +188,12 @@ def _worst(name: str, path: list[dict[str, Any]]) -> dict[str, Any]:
     return {**worst, "name": f"worst of the {name}"}
 
 
+@torch.no_grad()
 def _angles(subspace: Subspace) -> str:
     """How far the anchors are apart, by layer weights (no biases, no norms)."""
-    each = gram(subspace.anchors.detach(), sizes=subspace.layout.sizes)
-    chosen = subspace.layout.select(lambda name, shape: len(shape) > 1).to(each.device)
-    total = each[chosen].sum(0)
-    length = total.diagonal().sqrt()
-    cosines = total / length[:, None] / length
-    pairs = cosines[torch.triu(torch.ones_like(cosines), 1) > 0]
-    worst = float(pairs.abs().max()) if len(pairs) else 0.0
-    return f"largest absolute cosine of two anchors: {worst:.4f}"
+    pairs = itertools.combinations(range(len(subspace.order)), 2)
+    worst = max(float(cos2_penalty(subspace, pair)) for pair in pairs)
+    return f"largest absolute cosine of two anchors: {worst**0.5:.4f}"
 
 
 def _calibrated(job: Job, subspace: Subspace) -> list[str]:

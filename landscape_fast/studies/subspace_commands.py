@@ -29,6 +29,12 @@ def curve(args: Namespace) -> int:
 
 def fge(args: Namespace) -> int:
     """An ensemble collected along one training run with a cyclic learning rate."""
+    if args.kind == "snapshot":
+        args.schedule = args.schedule or "cosine"
+        for name in ("cycle_epochs", "lr_low", "lr_high"):
+            if getattr(args, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                args.usage_error(f"argument {flag}: must be left out with --kind snapshot")
     return _run(args, "subspace_runs", "run_fge")
 
 

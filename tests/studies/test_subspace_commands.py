@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from landscape_fast import cli
+from landscape_fast.studies import subspace_commands
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -158,6 +159,8 @@ def test_other_data_and_networks_with_batch_norms(tmp_path, capsys):
         (["subspace", "--beta=-1"], "argument --beta: must be a number of at least 0; got '-1'"),
         (["curve", "--points=1"], "argument --points: must be at least 2, the ends; got 1"),
         (["curve", "--kind=circle"], "argument --kind: invalid choice: 'circle'"),
+        (["curve", "--optimizer=adamw"], "--optimizer: must be sgd or adam for a curve; got adamw"),
+        (["fge", "--kind=snapshot", "--lr-low=1"], "--lr-low: must be left out with --kind snaps"),
         (["fge", "--cycles=9", "--epochs=4"], "must be at least 17, the epochs of 9 cycles; got 4"),
         (["swag", "--data=cifar10"], "argument --root: must be the folder of the cifar10 files"),
     ],
@@ -165,6 +168,15 @@ def test_other_data_and_networks_with_batch_norms(tmp_path, capsys):
 def test_wrong_usage_is_one_line(command, message, tmp_path, capsys):
     code, out, err = run(capsys, *command, f"--out={tmp_path}", *COMMON)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_snapshots_have_their_schedule_where_the_data_have_another(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(subspace_commands, "_run", lambda args, *of: seen.append(args) or 0)
+    command = ["fge", "--data=cifar10", f"--root={tmp_path}"]
+    for more in (["--kind=snapshot"], ["--kind=snapshot", "--schedule=constant"], []):
+        assert cli.main([*command, *more]) == 0
+    assert [args.schedule for args in seen] == ["cosine", "constant", None]
 
 
 def test_errors_of_methods_name_the_argument(tmp_path, capsys):
