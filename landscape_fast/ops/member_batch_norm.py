@@ -58,7 +58,7 @@ def member_batch_norm(
         running_var: likewise, with the unbiased variance.
         training: whether mean and (biased) variance are those of the batch.
         momentum: how far the running statistics move, in [0, 1].
-        eps: added to the variance.
+        eps: added to the variance, above 0.
         layout: "member_major", "batch_major" or "folded".
         members: M, where nothing else tells it (layout "folded" and no tensors [M, F]).
         activation: None, or "relu" on the result.
@@ -86,7 +86,7 @@ def member_batch_norm(
         >>> from landscape_fast.ops.member_batch_norm import member_batch_norm
         >>> x = torch.tensor([[[0.0], [2.0]], [[10.0], [30.0]]])  # two members, two rows
         >>> mean, var = torch.zeros(2, 1), torch.ones(2, 1)
-        >>> member_batch_norm(x, None, None, mean, var, training=True, eps=0.0).flatten()
+        >>> member_batch_norm(x, None, None, mean, var, training=True, eps=1e-9).flatten()
         tensor([-1.,  1., -1.,  1.])
         >>> mean.flatten(), var.flatten()  # a tenth of the way to 1 and 20, 2 and 200
         (tensor([0.1000, 2.0000]), tensor([ 1.1000, 20.9000]))
@@ -245,7 +245,7 @@ def _check(x, tensors, training, momentum, eps, layout, members, activation) -> 
     )  # fmt: skip
     require(numbers < 2**31, OP, "x", "of fewer than 2**31 numbers per channel", numbers)
     require(0 <= momentum <= 1, OP, "momentum", "a number in [0, 1]", momentum)
-    require(eps >= 0, OP, "eps", "a number of at least 0", eps)
+    require(eps > 0, OP, "eps", "a number above 0", eps)
     return M
 
 
