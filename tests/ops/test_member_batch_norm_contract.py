@@ -173,7 +173,7 @@ ERRORS = [
         ValueError,
         r"momentum must be a number in \[0, 1\]; got 1.5",
     ),
-    (lambda: member_batch_norm(X, training=True, eps=0.0), ValueError, "eps must be a number above"),
+    (lambda: member_batch_norm(X, training=True, eps=0.0), ValueError, "eps must be a number"),
 ]
 
 
