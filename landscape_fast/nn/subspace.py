@@ -13,7 +13,7 @@ from landscape_fast.nn._anchors import start_anchors
 from landscape_fast.nn._stacked_build import take_guard
 from landscape_fast.nn.flat import FlatLayout, Source
 from landscape_fast.nn.stacked import StackedEnsemble
-from landscape_fast.ops._checks import message, require
+from landscape_fast.ops._checks import LOW, message, require
 from landscape_fast.ops._dispatch import transforming
 from landscape_fast.ops.combine import combine
 
@@ -32,7 +32,8 @@ class Subspace(nn.Module):
 
     Args:
         model: any network; it is copied. Every parameter takes part: those of convolutions, linear
-            layers, norms, embeddings and biases. Buffers do not (see `statistics`).
+            layers, norms, embeddings and biases; one that needs no gradient is mixed too, and
+            passes none to the anchors. Buffers do not (see `statistics`).
         anchors: K; or K networks, state dicts or vectors (see `FlatLayout.flatten`).
         coefficients: how points are drawn: `Line()`, `Simplex(K)`, `Bezier(K)`, `PolyChain(K)` of
             `landscape_fast.nn.coefficients`, or anything with their `anchors`, `draw`, `midpoint`.
@@ -133,6 +134,8 @@ class Subspace(nn.Module):
         object.__setattr__(self, "_bound", self.anchors)
         self.point = rows.new_zeros(self.layout.P)
         self.point_grad = torch.zeros_like(self.point)
+        named = self.model.named_parameters()
+        self._frozen = [name for name, p in named if not p.requires_grad]
         grads = self.layout.views(self.point_grad)
         before, after = dict(self.model.named_parameters()), {}
         for name, view in self.layout.views(self.point).items():
@@ -266,7 +269,7 @@ class Subspace(nn.Module):
         try:
             weights = self._weights(coeffs)
             if single:
-                return functional_call(self.model, self.layout.views(weights[0]), (x,))
+                return functional_call(self.model, self._views(weights[0]), (x,))
             return self._at_many(weights, x)
         finally:
             self._guard.stale = before
@@ -281,9 +284,14 @@ class Subspace(nn.Module):
                 take_guard(plain, [])  # it is for evaluation, and hooks stand in the way of a loop
                 object.__setattr__(self, "_stack", StackedEnsemble.like(plain, len(weights)))
             if self._stack.train().runs(x) == "batched":
-                return self._stack.run(self.layout.views(weights), x)
-        views = map(self.layout.views, weights.unbind(0))
+                return self._stack.run(self._views(weights), x)
+        views = map(self._views, weights.unbind(0))
         return torch.stack([functional_call(self.model, view, (x,)) for view in views])
+
+    def _views(self, weights: Tensor) -> dict[str, Tensor]:
+        """The parameters in `weights`; those that are not trained pass no gradient on."""
+        views = self.layout.views(weights)
+        return views | {name: views[name].detach() for name in self._frozen}
 
     def _anchors_moved(self) -> bool:
         return not torch.compiler.is_compiling() and self.anchors._version != self._mixed
@@ -336,19 +344,26 @@ class Subspace(nn.Module):
         return self
 
     def _apply(self, fn, recurse: bool = True) -> "Subspace":
+        moved, coeffs = self._anchors_moved(), self.coeffs
         super()._apply(fn, recurse)
         self.model._apply(fn)
         self.layout = FlatLayout(self.model)
+        if self.coeffs.dtype in LOW:  # of their digits, coefficients lose none
+            self.coeffs = coeffs.to(self.coeffs.device)
         self._bind()
+        self._guard.stale = self._guard.stale or moved
         return self
 
     def __getstate__(self) -> dict:
         derived = ("_rows", "_bound", "_stack", "point", "point_grad")
-        return {name: value for name, value in self.__dict__.items() if name not in derived}
+        state = {name: value for name, value in self.__dict__.items() if name not in derived}
+        return {**state, "_mixed": self._anchors_moved()}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        moved = self._mixed
         self._bind()
+        self._guard.stale = self._guard.stale or moved
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -366,11 +381,12 @@ class Subspace(nn.Module):
         stale = own.pop(prefix + _STALE, torch.tensor(True))
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
         parts = {n.removeprefix(inner): v for n, v in state.items() if n.startswith(inner)}
-        lost, foreign = self.model.load_state_dict(parts, strict=False)
+        assign = metadata.get("assign_to_params_buffers", False)
+        lost, foreign = self.model.load_state_dict(parts, strict=False, assign=assign)
         every = dict(self.model.named_parameters(remove_duplicate=False))
         missing += [inner + name for name in lost if name not in every]
         unexpected += [inner + name for name in foreign]
-        self._mix()
+        (self._bind if assign else self._mix)()
         self._guard.stale = bool(stale)
 
     def extra_repr(self) -> str:

@@ -143,6 +143,24 @@ def test_many_points_in_one_pass_are_many_passes(layerwise):
     assert_as_exact("copied", copy.deepcopy(subspace)(x, coeffs), outputs, outputs.double())
 
 
+def test_parameters_without_gradient_have_none_either_way():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    net[0].requires_grad_(False)
+    x, y = torch.randn(9, 5), torch.arange(9) % 3
+    subspace = make(net, Line())
+    c = torch.tensor([0.25, 0.75])
+    for coeffs in (c, c.expand(3, 2)):  # one point, and several in one pass
+        subspace.anchors.grad = None
+        loss = [F.cross_entropy(output, y) for output in subspace(x, coeffs).view(-1, 9, 3)]
+        torch.stack(loss).mean().backward()
+        subspace.move_to_(c).point_grad.zero_()
+        F.cross_entropy(subspace.model(x), y).backward()
+        fused = c[:, None] * subspace.point_grad
+        assert not subspace.layout.views(fused)["0.weight"].any() and fused.any()
+        assert_as_exact("anchors", subspace.anchors.grad, fused, fused.double())
+
+
 def test_a_layerwise_draw_is_one_per_module(net):
     subspace = make(net, Line(), layerwise=True).draw_()
     t = dict(zip(subspace.layout.names, subspace.coeffs[0, :, 1].tolist(), strict=True))

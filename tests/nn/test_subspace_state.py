@@ -98,6 +98,22 @@ def test_state_dict(net, rows):
         other(x)
 
 
+@pytest.mark.parametrize("trained", [None, [True, False, True]])
+def test_a_state_dict_may_be_assigned(net, rows, trained):
+    x, _ = rows
+    subspace = make(net, Simplex(3), trained=trained).draw_()
+    state = subspace.recalibrate_(x).eval().state_dict()
+    other = make(net, Simplex(3), trained=trained, generator=None).eval()
+    other.load_state_dict(copy.deepcopy(state), assign=True)
+    assert torch.equal(other(x), subspace(x)) and torch.equal(other.point, subspace.point)
+    assert_bound(other)
+
+
+def test_coefficients_keep_their_digits_in_low_precision(net):
+    subspace = make(net, Simplex(3)).bfloat16()
+    assert torch.equal(subspace.coeffs, torch.full((1, 3), 1 / 3))
+
+
 def test_only_the_anchors_are_parameters(net):
     subspace = make(net, Line())
     assert [name for name, _ in subspace.named_parameters()] == ["anchors"]
@@ -139,6 +155,14 @@ def test_statistics_of_another_point_are_refused(net, rows):
         assert [call().isfinite().all() for call in calls.values()]
     with pytest.raises(ValueError, match="mode must be one of"):
         subspace.statistics = "none"
+    subspace.statistics = "recalibrate"
+    for move in MOVES.values():
+        subspace.double().recalibrate_(x)
+        assert move(subspace)(x).isfinite().all()  # and then not:
+        with torch.no_grad():
+            subspace.anchors.add_(0.1)
+        with pytest.raises(RuntimeError, match=words):
+            move(subspace)(x)
     plain = Subspace(Mixture(batch_norm=False).eval(), 2, Line())
     assert plain.eval().draw_()(x).isfinite().all()  # nothing to recalibrate
 
