@@ -91,20 +91,22 @@ class Problem(NamedTuple):
     aligned: bool = True  # rows allow 16-byte loads
     need_x: bool = False
     need_weight: bool = False
+    bias: bool = True
 
 
-def plan_for(x, anchors, coeffs, need_x: bool, need_weight: bool) -> Plan:
+def plan_for(x, anchors, coeffs, bias, need_x: bool, need_weight: bool) -> Plan:
     """The plan for tensors on a CUDA device."""
     if x.ndim == 2:  # plain products of the library, of full size
         return WIDE
     K, O, I = anchors.shape
     M, K = (K, 0) if coeffs is None else coeffs.shape
-    unit = 16 // x.element_size()
+    arch, kind = architecture(x.device.index), kind_of(x.dtype)
+    unit = 16 if arch == 80 else 16 // x.element_size()  # what vector loads, or descriptors, need
     strides = (O, *x.stride()[:-1], *anchors.stride()[:-1])
     dense = x.stride(-1) == 1 and anchors.stride(-1) == 1
     aligned = dense and all(n % unit == 0 for n in strides)
-    arch, kind = architecture(x.device.index), kind_of(x.dtype)
-    problem = Problem(M, x.shape[1], I, O, K, arch, kind, aligned, need_x, need_weight)
+    needs = (need_x, need_weight, bias is not None)
+    problem = Problem(M, x.shape[1], I, O, K, arch, kind, aligned, *needs)
     return choose(problem) if torch.compiler.is_compiling() else chosen(problem)
 
 
@@ -134,7 +136,7 @@ def estimate(p: Problem, plan: Plan) -> float:
         us += _product(p, plan.dx, 1)
     if p.need_weight:
         us += _product(p, plan.dweight, 2)
-        if plan.dweight == "bmm":  # the bias, by itself
+        if p.bias and plan.dweight == "bmm":  # the bias, by itself
             us += PASS_LAUNCH + size * 1e-6 * p.M * p.B * p.O / BANDWIDTH[p.arch]
     return us
 

@@ -157,4 +157,5 @@ def _plan(name, backend, x, anchors, coeffs, bias) -> Plan:
         return PLAIN
     if name == "torch" or free(B, members):
         return composed_plan(x.device.type, shared, B, O)
-    return plan_for(x, anchors, coeffs, wants_grad(x), wants_grad(anchors, coeffs, bias))
+    needs = (wants_grad(x), wants_grad(anchors, coeffs, bias))
+    return plan_for(x, anchors, coeffs, bias, *needs)

@@ -266,6 +266,30 @@ def test_the_table_of_a_gpu(sizes, inference, training):
     assert plans.choose(problem._replace(need_x=True, need_weight=True)) == training
 
 
+def test_a_bias_that_is_not_there_decides_nothing():
+    """Its sum is what the kernels save here; without it there is a tie."""
+    problem = plans.Problem(8, 128, 1024, 1024, need_x=True, need_weight=True)
+    assert plans.choose(problem) == plans.FUSED
+    assert plans.choose(problem._replace(bias=False)) == plans.BMM
+
+
+@pytest.mark.parametrize("arch, unit", [(80, 16), (90, 8)])
+def test_what_the_table_of_a_gpu_is_asked(arch, unit, monkeypatch):
+    """Sizes, wishes, and whether rows allow wide loads: on sm_80 from multiples of 16 elements."""
+    asked = []
+    monkeypatch.setattr(plans, "architecture", lambda index: arch)
+    monkeypatch.setattr(plans, "chosen", lambda problem: asked.append(problem) or plans.BMM)
+    for I, O in ((32, 48), (32, 40), (24, 48), (32, 44)):
+        x, anchors, coeffs, bias = (t.half() for t in inputs(3, 2, 5, I, O, "member_major", "cpu"))
+        plans.plan_for(x, anchors, coeffs, bias, False, True)
+        aligned = I % unit == 0 and O % unit == 0
+        common = plans.Problem(3, 5, I, O, 2, arch, "half", aligned, False, True, True)
+        assert asked.pop() == common
+        plans.plan_for(x[:2], anchors, None, None, True, False)
+        own = common._replace(M=2, K=0, need_x=True, need_weight=False, bias=False)
+        assert asked.pop() == own
+
+
 def test_what_is_chosen_has_the_smallest_estimate():
     for M, B, n, K, arch, kind in itertools.product(
         (1, 4, 32), (1, 64, 1000), (32, 2048), (0, 1, 4, 5), (80, 90, 100), ("half", "tf32", "ieee")
