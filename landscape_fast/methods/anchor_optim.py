@@ -191,6 +191,25 @@ class AnchorOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._gram = None
 
+    def state_dict(self) -> dict:
+        """That of torch.optim, and with `cos2` the Gram matrix, whose sums a step orders its way.
+
+        One made anew differs by rounding, and a run that goes on would have other bits.
+        """
+        found = super().state_dict()
+        if self._gram is not None and self._gram_version == self.subspace.anchors._version:
+            found["gram"] = self._gram
+        return found
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes what `state_dict` returned; load the subspace before."""
+        super().load_state_dict(state_dict)
+        if "gram" in state_dict:
+            kept, made = state_dict["gram"].to(self.gram), self.gram
+            near = 1e-9 * float(made.max())
+            if kept.shape == made.shape and torch.allclose(kept, made, 1e-9, near):
+                self._gram = kept.clone()  # else it is of other anchors
+
 
 class AnchorSGD(AnchorOptimizer):
     r"""`torch.optim.SGD` for the anchors of a subspace, in one pass over them.

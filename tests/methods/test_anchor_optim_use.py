@@ -154,11 +154,24 @@ def test_state_dict_resumes_to_the_same_bits(cls):
             run(space, cls(space, 0.1))  # somewhere else
             space.load_state_dict(kept[0])
             optimizer.load_state_dict(copy.deepcopy(kept[1]))
+            assert torch.equal(optimizer.gram, kept[1]["gram"])
         results.append(run(space, optimizer))
     assert torch.equal(*results)
     (state,) = kept[1]["state"].values()
     assert state["step"] == 3
     assert set(state) == {"step", *cls._names}
+
+
+def test_a_gram_matrix_of_other_anchors_is_not_loaded():
+    space = subspace()
+    optimizer = AnchorSGD(space, 0.1, cos2=1.0)
+    run(space, optimizer)
+    kept, truth = optimizer.state_dict(), optimizer.gram
+    with torch.no_grad():
+        space.anchors.mul_(1.5)
+    assert "gram" not in optimizer.state_dict()  # not of these anchors
+    optimizer.load_state_dict(kept)
+    torch.testing.assert_close(optimizer.gram, 2.25 * truth)
 
 
 def test_one_group_with_the_anchors():
