@@ -266,6 +266,7 @@ def _before_forward(layer: _BatchNorm, arguments: tuple) -> None:
 
 
 def _after_forward(layer: _BatchNorm, arguments: tuple, y: Any) -> None:
-    hidden = layer.__dict__.pop("_hidden_statistics", None)
+    hidden = getattr(layer, "_hidden_statistics", None)
     if hidden is not None:
         layer.running_mean, layer.running_var = hidden
+        layer._hidden_statistics = None

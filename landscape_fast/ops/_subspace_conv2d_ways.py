@@ -49,12 +49,18 @@ def forward(x, weight, bias, conv: Conv, way: str) -> Tensor:
     if way == "loop":
         return _loop(x, weight, bias, conv)
     if way == "grouped":
-        conv = conv._replace(groups=members * conv.groups)
+        conv = _of_all(members, conv)
     images = beside(x) if x.shape[0] == members else x[0]
     if way == "grouped" and x.shape[0] < members:
         images = images.repeat(1, members, 1, 1)
     bias = None if bias is None else bias.flatten()
     return apart(convolve(padded(images, conv), weight.flatten(0, 1), bias, conv), members)
+
+
+def _of_all(members: int, conv: Conv) -> Conv:
+    """The options of one convolution of all members."""
+    stride, padding, dilation, groups, *rest = conv  # torch 2.6 cannot compile `_replace`
+    return Conv(stride, padding, dilation, members * groups, *rest)
 
 
 def _loop(x, weight, bias, conv: Conv) -> Tensor:
@@ -112,5 +118,5 @@ def _together(x, members: int, conv: Conv, way: str) -> tuple[Tensor, Conv]:
     if way == "wide":
         return padded(x[0], conv), conv
     images = beside(x) if x.shape[0] == members else x[0].repeat(1, members, 1, 1)
-    conv = conv._replace(groups=members * conv.groups)
+    conv = _of_all(members, conv)
     return padded(images, conv), conv

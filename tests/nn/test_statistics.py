@@ -325,6 +325,15 @@ class TestGuard:
             norm(ROWS[:, :1])
         assert norm.running_mean is not None, "also where a forward fails"
 
+    @pytest.mark.parametrize("mode", ["recalibrate", "batch"])
+    def test_compiles(self, mode):
+        torch._dynamo.reset()
+        model = network().eval()
+        statistics_mode_(model, mode)
+        recalibrate_(model, ROWS)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ROWS), model(ROWS))
+
     def test_a_copy_has_a_guard_of_its_own(self):
         model = network().eval()
         guard = statistics_mode_(model, "recalibrate")
