@@ -95,7 +95,7 @@ def simplex_heat_map(
     Args:
         weights: [S, 3], the coefficients of each point; they sum to 1 and may be negative outside
             of the triangle. At least three points that are not on one line.
-        values: [S].
+        values: [S]. Those that are not finite are left out.
         quantity: label of the values, with its unit.
         title: heading of the figure.
         corners: names of the three anchors.
@@ -105,7 +105,8 @@ def simplex_heat_map(
         around the best one) and the triangle.
 
     Raises:
-        ValueError: if shapes disagree, or the coefficients of a point do not sum to 1.
+        ValueError: if shapes disagree, the coefficients of a point do not sum to 1, or no value is
+            finite.
 
     Source: Wortsman et al. 2021 (arXiv:2102.10472), figure 2.
     """
@@ -122,16 +123,17 @@ def simplex_heat_map(
     rule = "at least three points that are not on one line"
     require(int(spread) == 2, op, "weights", rule, f"{shape[0]} points of rank {int(spread)}")
     x, y = (weights @ plane).numpy().T
+    finite = np.isfinite(values)
+    require(finite.any(), op, "values", "finite at one point at least", "none that is")
 
     figure = new_figure(6.2, 5.0 + (0.3 if title else 0))
     axis = figure.subplots()
-    finite = np.isfinite(values)
     low, high = float(values[finite].min()), float(values[finite].max())
     levels = np.linspace(low, high if high > low else low + 1e-9, 21)
     filled = axis.tricontourf(x[finite], y[finite], values[finite], levels, cmap="viridis")
     figure.colorbar(filled, ax=axis, label=quantity, format="%.4g")
     axis.scatter(x, y, s=9, color="white", edgecolors=_DARK, linewidths=0.5, zorder=3)
-    best = int(np.nanargmax(values))
+    best = int(np.where(finite, values, -np.inf).argmax())
     axis.scatter(x[best], y[best], s=90, facecolors="none", edgecolors="#D55E00", lw=1.8, zorder=4)
     closed = torch.cat([plane, plane[:1]]).numpy()
     axis.plot(*closed.T, color="white", lw=2.6, zorder=2)

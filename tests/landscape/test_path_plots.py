@@ -71,6 +71,15 @@ def test_the_triangle_shows_where_the_best_point_is():
     assert a[0] < 0 < 1 < b[0] and c[1] > np.sqrt(0.75)
 
 
+def test_the_triangle_leaves_out_what_is_not_finite():
+    weights = grid()
+    values = 90 - 40 * (weights**2).sum(1)
+    worse = values.clone()
+    worse[0], worse[-1] = torch.inf, torch.nan
+    titles = {simplex_heat_map(weights, v, "NLL").axes[0].get_title() for v in (values, worse)}
+    assert len(titles) == 1
+
+
 @pytest.mark.parametrize(
     ("weights", "values", "match"),
     [
@@ -78,6 +87,7 @@ def test_the_triangle_shows_where_the_best_point_is():
         (grid(), T, r"values must be \[S\] with S = .*; got \[5\]"),
         (torch.ones(4, 3), T[:4], "rows that sum to 1; got one that misses it by 2"),
         (torch.eye(3)[:2], T[:2], "at least three points that are not on one line"),
+        (torch.eye(3), [torch.nan] * 3, "values must be finite at one point at least; got none"),
     ],
 )
 def test_triangles_that_do_not_fit(weights, values, match):
