@@ -225,8 +225,8 @@ class AnchorSGD(AnchorOptimizer):
         cos2: beta of the penalty beta * cos^2 of one random pair of anchors per step, over the
             parameter tensors with more than one dimension (weights of layers, not norms or biases).
         curve_l2: lambda of the penalty lambda / 2 * ||w||^2 of the current point.
-        generator: draws the pairs; None takes the global one of the device. With two anchors
-            nothing is drawn.
+        generator: draws the pairs, on the device of the anchors; None takes the global one there.
+            With two anchors nothing is drawn.
 
     Raises:
         TypeError: if `subspace` is no Subspace.

@@ -126,8 +126,9 @@ def train_fge(
 
     Source: Garipov et al. 2018 (arXiv:1802.10026), Algorithm 1.
     """
-    op, half = "train_fge", (cycle + 1) // 2
+    op = "train_fge"
     require(whole(cycle, 1), op, "cycle", "an integer of at least 1", cycle)
+    half = (cycle + 1) // 2
     require(0 < a2 <= a1, op, "a1 and a2", "numbers with 0 < a2 <= a1", f"{a1} and {a2}")
     if fge_epochs is None:
         fge_epochs = min(max(half, config.epochs // 5), config.epochs)

@@ -36,7 +36,7 @@ class Swag(nn.Module):
     Raises:
         ValueError: for another rank, or a model that is no `FlatLayout`.
 
-    Cost: `collect` reads the network and writes 5 vectors of P elements. Memory: rank + 1 networks,
+    Cost: `collect` reads the network and writes 5 vectors of P elements. Memory: rank + 2 networks,
         and two vectors in float64.
 
     Source: Maddox et al. 2019 (arXiv:1902.02476). In the authors' code s multiplies the standard

@@ -4,7 +4,8 @@ Everything is trained with the same settings and measured on the same test rows:
 and pairs of them, what lies halfway between two, lines (one coefficient per step, or one per layer;
 with and without the penalty on the cosine), Bezier curves, simplexes, SWA with both rates, label
 smoothing, dropout, and a single network and a layer-wise line on noisy labels. Batch norms get
-their statistics anew at every point that is measured.
+their statistics anew at every point of a subspace and for SWA; networks that were trained alone
+keep those of their training.
 
 Source: Wortsman et al. 2021 (arXiv:2102.10472).
 """

@@ -294,6 +294,7 @@ def test_a_network_of_members_is_refused():
 
 WRONG = [
     (train_fge, {"cycle": 0}, {}, "cycle must be an integer of at least 1; got 0"),
+    (train_fge, {"cycle": None}, {}, "cycle must be an integer of at least 1; got None"),
     (train_fge, {"a1": 0.01, "a2": 0.02}, {}, r"a1 and a2 must be numbers with 0 < a2 <= a1; got"),
     (train_fge, {"cycle": 4, "fge_epochs": 1}, {}, r"fge_epochs must be an integer from 2, half"),
     (train_fge, {"fge_epochs": 7}, {}, r"fge_epochs must be .* to config.epochs = 6; got 7"),
