@@ -59,6 +59,7 @@ class Swag(nn.Module):
         rule = "an integer of at least 2, or 0 for the diagonal alone"
         require(whole(rank, 0) and rank != 1, "Swag", "rank", rule, rank)
         self.layout, self.rank, self.count = FlatLayout(model), rank, 0
+        self.trained = {name: p.requires_grad for name, p in model.named_parameters()}
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         P, device = self.layout.P, next(model.parameters()).device
         moments = torch.zeros(2, P, dtype=torch.float64, device=device)
@@ -191,10 +192,10 @@ class Swag(nn.Module):
             rows: training rows [N, ...] on which the batch norm statistics are taken anew; None
                 leaves those of `model`, which are wrong for other weights than its own.
         """
-        network = copy.deepcopy(self.model).requires_grad_(True)
+        network = copy.deepcopy(self.model)
         with torch.no_grad():
             for name, value in self.views(w).items():
-                network.get_parameter(name).copy_(value)
+                network.get_parameter(name).copy_(value).requires_grad_(self.trained[name])
         return network if rows is None else recalibrate_(network, rows)
 
     def ensemble(self, count: int, seed: int, rows: Tensor | None = None, **options: Any):

@@ -186,6 +186,10 @@ def test_state_and_networks():
         assert torch.equal(member(x), torch.func.functional_call(swag.model, swag.views(w), x))
         assert all(p.requires_grad for p in member.parameters())
     assert not ensemble.training
+    frozen = network()
+    frozen[0].weight.requires_grad_(False)
+    made = Swag(frozen, RANK).network(swag.mean)
+    assert [p.requires_grad for p in made.parameters()] == [False, True, True, True]
 
 
 @pytest.mark.gpu
