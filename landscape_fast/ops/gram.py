@@ -110,7 +110,8 @@ def _run(tensors, sizes, backend) -> Tensor:
     if backend != "torch":
         return gram_op(list(tensors), sizes, backend)
     with without_autocast(tensors[0].device.type):
-        return torch.stack([_in_pieces(part) for part in _parts(tensors, sizes)])
+        found = torch.stack([_in_pieces(part) for part in _parts(tensors, sizes)])
+        return (found + found.mT) / 2  # a library may round (i, j) and (j, i) differently
 
 
 def _parts(tensors, sizes) -> list[Tensor]:
@@ -150,7 +151,8 @@ class _Gram(torch.autograd.Function):
         if ctx.sizes is not None:  # W[k] = sum over k' of both[l, k, k'] A[k']
             return None, None, combine(both.transpose(0, 1), tensors[0], sizes=ctx.sizes)
         wanted = [i for i, need in enumerate(needs) if need]
-        coeffs, found = both[wanted].transpose(0, 1), [None] * len(tensors)
+        # no list as an index: it would be copied to the device
+        coeffs, found = torch.stack([both[i] for i in wanted], 1), [None] * len(tensors)
         for i, danchor in zip(wanted, combine(coeffs, [tensors[i] for i in wanted]), strict=True):
             found[i] = danchor
         return None, None, *found

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape_fast import _extension
 from landscape_fast.ops.gram import gram, gram_op, gram_reference
@@ -66,6 +67,13 @@ def test_exact_in_every_part(sizes, backend, device):
     assert torch.equal(found.sum(0), gram(anchors, backend=backend))
     for G, part in zip(found, anchors.double().split(sizes, 1), strict=True):
         assert torch.equal(G, torch.einsum("kp,jp->kj", part, part))
+
+
+@pytest.mark.parametrize("backend", ["torch", *BACKENDS])
+def test_symmetric_to_the_last_bit(backend, device):
+    rows = torch.randn((6, 500) if backend == "triton" else (30, 5011), device=device)
+    for found in (gram(rows, backend=backend), gram([rows, rows[:, 0]], backend=backend)):
+        assert torch.equal(found, found.mT)
 
 
 @pytest.mark.parametrize("backend", ["torch", *BACKENDS])
@@ -131,6 +139,29 @@ def test_no_gradient_where_none_is_wanted(backend, device):
     (grad,) = torch.autograd.grad(found[3, 0, 1], anchors[3])
     torch.testing.assert_close(grad, anchors[3].detach().flip(0))
     assert not gram([a.detach() for a in anchors], backend=backend).requires_grad
+
+
+class Called(TorchDispatchMode):
+    """Notes every operator of torch that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.add(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("listed_", [True, False])
+def test_a_backward_brings_no_index_from_the_host(listed_, device):
+    """It would wait for the device, and could not be part of a CUDA graph."""
+    anchors = network(2, device)
+    anchors[3].requires_grad_(), anchors[0].requires_grad_()
+    total = gram(anchors if listed_ else anchors[3].flatten(1)).sum()
+    with Called() as called:
+        total.backward()
+    assert called.names & {"combine", "mm", "bmm"} and not called.names & {"index", "lift_fresh"}
 
 
 def test_only_the_anchors_are_kept(device):
