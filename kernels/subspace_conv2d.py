@@ -174,7 +174,7 @@ def _launch(back, source, weight, coeffs, bias, result, options, tf32, config) -
 
     with on_device(source):
         if config is None:
-            tma = K == 0 and not summed and boxes.fit(source, result, options, kind)
+            tma = K == 0 and not summed and boxes.fit(source, result, options, kind, weight)
             where = (arch(source), "x" if back else "fwd", f"{kind} mixed" if K else kind)
             config = tiles.config(*where, N, C, tma)
             if AUTOTUNE:

@@ -111,11 +111,23 @@ def subspace_conv2d_bwd_weight_boxes_kernel(
     tl.store(p, acc, mask=(offs_o < O)[:, None] & (offs_i < I)[None, :])
 
 
-def fit(a: torch.Tensor, b: torch.Tensor, options: tuple[int, ...], kind: str) -> bool:
-    """Whether these images can be fetched, or stored, by descriptors, and it is worth it."""
+def fit(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    options: tuple[int, ...],
+    kind: str,
+    weight: torch.Tensor | None = None,
+) -> bool:
+    """Whether these images can be fetched, or stored, by descriptors, and it is worth it.
+
+    `weight` [M, O, kh, kw, I] too, where it is fetched: it may lie at any place of a longer vector,
+    and images may have fewer channels than their pixels are apart.
+    """
     if arch(a) < 90 or kind == "ieee" or options[:2] != (1, 1):
         return False
     if min(a.shape[2], b.shape[2]) < LEAST_CHANNELS:
+        return False
+    if weight is not None and not describable(weight):
         return False
     return describable(_last(a)) and describable(_last(b))
 
@@ -128,9 +140,10 @@ def _last(images: torch.Tensor) -> torch.Tensor:
 def _described(t: torch.Tensor, *block: int) -> TensorDescriptor:
     """The strides of dimensions of size one mean nothing, but must be aligned."""
     shape, strides = list(t.shape), list(t.stride())
+    aligned = 16 // t.element_size()
     for d in range(t.ndim - 2, -1, -1):
         if shape[d] == 1:
-            strides[d] = shape[d + 1] * strides[d + 1]
+            strides[d] = cdiv(shape[d + 1] * strides[d + 1], aligned) * aligned
     return TensorDescriptor(t, shape, strides, list(block))
 
 

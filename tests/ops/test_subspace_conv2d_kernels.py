@@ -212,15 +212,20 @@ def test_boxes_cover_images_without_overhang_where_they_can():
 
 
 def test_what_boxes_cannot_fetch(monkeypatch):
-    """Strides, a few channels, channels that are not last, and rows that are not aligned."""
+    """Strides, a few channels, channels that are not last; images or weights not aligned."""
     monkeypatch.setattr(boxes, "arch", lambda t: 90)
     whole = (1, 1, 1, 1, 1, 1)
 
-    def fit(C=32, O=32, last=True, options=whole, kind="half", cut=0):
+    def fit(C=32, O=32, last=True, options=whole, kind="half", cut=0, weight=None):
         x = torch.empty(2, 2, 8, 8, C + cut, dtype=torch.float16)[..., :C].permute(0, 1, 4, 2, 3)
         y = torch.empty(2, 2, 8, 8, O, dtype=torch.float16).permute(0, 1, 4, 2, 3)
-        return boxes.fit(x if last else x.contiguous(), y, options, kind)
+        return boxes.fit(x if last else x.contiguous(), y, options, kind, weight)
 
+    w = torch.empty(2 * 32 * 32 + 1, dtype=torch.float16)
+    assert fit(weight=w[:-1].view(2, 32, 1, 1, 32))
+    assert not fit(weight=w[1:].view(2, 32, 1, 1, 32)), "not at a multiple of 16 bytes"
+    assert fit(C=36, cut=4) and not fit(C=36, cut=4, weight=w[:1152].view(1, 32, 1, 1, 36))
+    boxes._described(w[:36].view(1, 1, 1, 1, 36), 1, 1, 1, 1, 64)  # no row follows on the first
     assert fit() and fit(C=40, O=64) and fit(cut=8)
     assert not fit(C=36) and not fit(cut=4) and not fit(O=16) and not fit(last=False)
     assert not fit(options=(2, 1, 1, 1, 1, 1)) and not fit(kind="ieee")
