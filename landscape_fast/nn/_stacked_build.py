@@ -25,13 +25,14 @@ def stack(networks: list[nn.Module]) -> tuple[nn.Module, dict[int, Tensor]]:
     every = [tensors(network) for network in networks]
     lazy = [n for n, t in every[0].items() if isinstance(t, nn.parameter.UninitializedTensorMixin)]
     require(not lazy, OP, "networks", "initialised", f"{lazy[:1]} without a shape", "call it once")
-    shown, ties = repr(first), _ties(every[0])
+    shown, ties, set_to = repr(first), _ties(every[0]), _settings(first)
     for i, (network, named) in enumerate(zip(networks, every, strict=True)):
         if network is first:
             continue
         rule = "of the class, settings and names of networks[0]"
         alike = type(network) is type(first) and repr(network) == shown
         alike = alike and list(named) == list(every[0]) and _ties(named) == ties
+        alike = alike and _settings(network) == set_to
         require(alike, OP, f"networks[{i}]", rule, f"a {type(network).__name__} that differs")
         for name, tensor in named.items():
             want, got = _kind(every[0][name]), _kind(tensor)
@@ -64,6 +65,13 @@ def _ties(named: dict[str, Tensor]) -> list[int]:
     """For each name the place of the first one with the same tensor."""
     places: dict[int, int] = {}
     return [places.setdefault(id(t), place) for place, t in enumerate(named.values())]
+
+
+def _settings(model: nn.Module) -> list[tuple[str, str]]:
+    """Numbers and words that the modules keep, of which their descriptions need not tell."""
+    every = [item for module in model.modules() for item in vars(module).items()]
+    kept = [(key, value) for key, value in every if isinstance(value, bool | int | float | str)]
+    return [(key, repr(v)) for key, v in kept if key != "training" and not key.startswith("_")]
 
 
 def _kind(t: Tensor) -> str:

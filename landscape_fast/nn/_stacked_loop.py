@@ -54,7 +54,7 @@ class MemberStreams:
         """Goes on where `state` was taken; a device that is not there starts at the seeds."""
         self.seed(state["seeds"])
         for device, states in state["streams"].items():
-            if device == "cpu" or torch.cuda.is_available():
+            if device == "cpu" or torch.device(device).index < torch.cuda.device_count():
                 for own, at in zip(self._own(device), states, strict=True):
                     own.set_state(at.cpu())
 

@@ -168,10 +168,10 @@ class StackedEnsemble(nn.Module):
 
     def _loop_is_faster(self, x: Any, own: bool) -> bool:
         """Measured; see the constants."""
-        first = next(iter(_leaves(x)), None)
-        if first is None or first.device.type != "cpu":
+        leaves = _leaves(x)
+        if not leaves or leaves[0].device.type != "cpu":
             return False
-        rows = first.shape[1] if own else first.shape[0]
+        rows = next((t.shape[int(own)] for t in leaves if t.ndim > own), 0)
         most = MOST_ROWS if torch.is_grad_enabled() else MOST_ROWS_NO_GRAD
         return self._slow_on_cpu or rows > most
 
@@ -193,7 +193,12 @@ class StackedEnsemble(nn.Module):
         stream per member for other random numbers.
         """
         first, last = 0, self.members - 1
-        rows = _map(x, lambda t: t[[first, last], :PROBE_ROWS] if own else t[:PROBE_ROWS])
+
+        def few(t: Tensor) -> Tensor:
+            t = t[[first, last]] if own else t
+            return t.narrow(int(own), 0, min(PROBE_ROWS, t.shape[own])) if t.ndim > own else t
+
+        rows = _map(x, few)
         generator = torch.Generator().manual_seed(0)
         pair = StackedEnsemble([self.member(first), self.member(last)], how="batched")
         for p in pair.parameters():
@@ -206,6 +211,13 @@ class StackedEnsemble(nn.Module):
         for module in pair.modules():
             if isinstance(module, StackedDropout):
                 module.eval()
+        devices = {t.device for t in _leaves(x) if t.device.type == "cuda"}
+        with torch.random.fork_rng(devices=devices):  # for random numbers that no layer draws
+            return self._compare(pair, rows, own)
+
+    @staticmethod
+    def _compare(pair: "StackedEnsemble", rows: Any, own: bool) -> str:
+        """`_try` of two members."""
         for wide in (True, False):
             if wide:
                 two = copy.deepcopy(pair).double()

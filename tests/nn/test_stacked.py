@@ -58,6 +58,29 @@ def test_equals_separate_networks(name, train, how):
     check_state(stack, separate)
 
 
+@pytest.mark.parametrize("name", ["resnet", "sequence", "transformer", "words"])
+def test_a_member_that_is_not_finite_touches_no_other(name):
+    """Bit for bit: results, gradients, statistics."""
+    build, rows = NETWORKS[name]
+    x = rows()
+    x = x.float() if x.is_floating_point() else x
+    stack = StackedEnsemble(networks(build, True, torch.float32), how="batched")
+    stack(x)
+    broken = copy.deepcopy(stack)
+    with torch.no_grad():
+        for t in broken.state_dict().values():
+            if t.is_floating_point():
+                t[1] = torch.nan
+    found = []
+    for one in (stack, broken):
+        y = one.seed_members_(SEEDS)(x)
+        y.flatten(1).sum(1).sum().backward()
+        found.append([y, *[p.grad for p in one.parameters()], *one.buffers()])
+    assert found[1][0][1].isnan().all()
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got[[0, 2]], want[[0, 2]])
+
+
 @pytest.mark.parametrize("name", ["mlp", "resnet", "tied"])
 def test_own_rows_for_every_member(name):
     build, _ = NETWORKS[name]
@@ -306,3 +329,22 @@ class TestAuto:
             stack(x)
         with pytest.raises(ValueError, match="networks must be one whose rows can be batched"):
             StackedEnsemble(found, how="batched")(x)
+        state = torch.get_rng_state()
+        with pytest.warns(UserWarning, match="a loop"):
+            assert StackedEnsemble(found).runs(x) == "loop"
+        assert torch.equal(torch.get_rng_state(), state)  # trying draws for itself
+
+    def test_numbers_without_rows_are_of_all_members(self):
+        class Scaled(nn.Sequential):
+            def forward(self, x):
+                return super().forward(x["rows"]) * x["by"]
+
+        found = [Scaled(nn.Linear(6, 2)).double() for _ in range(M)]
+        x = {"by": torch.tensor(2.0), "rows": image(6)}
+        with pytest.warns(UserWarning, match="a loop"):
+            y = StackedEnsemble(found)(x)
+        torch.testing.assert_close(y, torch.stack([network(x) for network in found]))
+        own = {"by": torch.arange(1.0, M + 1), "rows": x["rows"].expand(M, B, 6)}
+        with pytest.warns(UserWarning, match="a loop"):
+            z = StackedEnsemble(found)(own, own=True)
+        torch.testing.assert_close(z, y / 2 * own["by"].view(M, 1, 1))

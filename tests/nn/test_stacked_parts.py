@@ -71,6 +71,15 @@ class TestStreams:
         plain = layer(x.expand(M, B, 50)) if how == "batched" else [layer(x) for _ in SEEDS]
         assert torch.equal(found, torch.stack(list(plain)))
 
+    def test_a_device_that_is_not_there_is_left_out(self, monkeypatch):
+        stack = StackedEnsemble([nn.Dropout(0.5)] * M).seed_members_(SEEDS)
+        state = stack.streams.state()
+        state["streams"] = {"cuda:1": [torch.zeros(16, dtype=torch.uint8)] * M}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        stack.streams.load(state)
+        assert stack.streams.state() == {"seeds": SEEDS, "streams": {}}
+
     def test_what_draws_inside_of_a_loop_has_its_stream(self):
         class Draws(Own):
             def forward(self, x):
@@ -203,6 +212,9 @@ class TestRefused:
         self.refuse([linear, nn.Linear(3, 2, bias=False)], text)
         self.refuse([linear, nn.Bilinear(3, 3, 2)], text)
         self.refuse([nn.Dropout(0.1), nn.Dropout(0.2)], text)
+        powers = [Own(), Own()]
+        powers[0].power, powers[1].power = 1.0, 2.0  # of which its description does not tell
+        self.refuse(powers, text)
         self.refuse([nn.LazyLinear(2), nn.LazyLinear(2)], "networks must be initialised")
         kind = r"networks\[1\] must be \[2, 3\] torch.float32 on cpu in 'weight', as networks"
         self.refuse([linear, nn.Linear(3, 2).double()], kind)
