@@ -33,7 +33,8 @@ def run_subspace(job: Job) -> Found:
     subspace, histories = train_subspace(
         job.build, *job.rows(), job.config, coefficients=coefficients, **settings, **job.options()
     )
-    corners = measure(job, subspace, torch.cat([torch.eye(K), coefficients.midpoint()[None]]))
+    ends = torch.cat([torch.eye(K), coefficients.midpoint()[None]])
+    corners = measure(job, "anchors", subspace, ends)
     names = [*(f"anchor {k + 1}" for k in range(K)), "midpoint"]
     rows = [job.row(name, one[None]) for name, one in zip(names, corners, strict=True)]
     rows.append(job.row("ensemble of the anchors", corners[:K]))
@@ -49,7 +50,7 @@ def run_subspace(job: Job) -> Found:
 def _along_line(job: Job, found: Found, subspace: Subspace) -> None:
     """Networks along the path, and pairs of them at mirrored positions."""
     t = torch.linspace(0, 1, job.args.points)
-    logits = measure(job, subspace, subspace.coefficients.at(t))
+    logits = measure(job, "path", subspace, subspace.coefficients.at(t))
     single = [job.row(f"t = {at:.3g}", one[None]) for at, one in zip(t, logits, strict=True)]
     mirrored = zip(logits, logits.flip(0), strict=True)
     pairs = [job.row("pair", torch.stack(pair)) for pair in mirrored]
@@ -67,7 +68,7 @@ def _in_triangle(job: Job, found: Found, subspace: Subspace) -> None:
     places = range(-1, STEPS + 2)
     grid = [(i, j, STEPS - i - j) for i in places for j in places if STEPS - i - j in places]
     weights = torch.tensor(grid, dtype=torch.float64) / STEPS
-    logits = measure(job, subspace, weights.float())
+    logits = measure(job, "triangle", subspace, weights.float())
     each = [job.row("point", one[None]) for one in logits]
     found.tables["triangle"] = [
         {**row, **{f"c{k + 1}": c for k, c in enumerate(point)}}
@@ -110,7 +111,7 @@ def run_curve(job: Job) -> Found:
         (args.kind, trained.subspace),
         ("straight line", straight_line(start, end)),
     ):
-        logits[name] = measure(job, subspace, subspace.coefficients.at(t))
+        logits[name] = measure(job, name, subspace, subspace.coefficients.at(t))
         paths[name] = [
             job.row(f"{name}, t = {at:.3g}", one[None])
             for at, one in zip(t, logits[name], strict=True)
@@ -152,8 +153,8 @@ def run_curve(job: Job) -> Found:
     return found
 
 
-def measure(job: Job, subspace: Subspace, coeffs: Tensor) -> Tensor:
-    """Logits [S, N, C] on the test rows of the networks at `coeffs` [S, K]."""
+def measure(job: Job, name: str, subspace: Subspace, coeffs: Tensor) -> Tensor:
+    """Logits [S, N, C] on the test rows of the networks at `coeffs` [S, K]; resumable by `name`."""
     subspace = subspace.to(job.device)
     coeffs = coeffs.to(job.device)
     network = subspace.network()
@@ -168,6 +169,8 @@ def measure(job: Job, subspace: Subspace, coeffs: Tensor) -> Tensor:
         calibration=job.dataset.train_x[:CALIBRATION] if normed else None,
         batch_size=EVALUATION_ROWS.get(job.problem.model, 1000),
         keep_logits=True,
+        checkpoint=job.checkpoints / f"sweep-{name.replace(' ', '-')}-{len(coeffs)}.pt",
+        resume=job.args.resume,
         progress=not job.args.quiet,
     )
     return found.logits

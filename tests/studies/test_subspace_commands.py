@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from landscape_fast import cli
+from landscape_fast.methods.sweep import _Models
 from landscape_fast.studies import subspace_commands
 
 pytest.importorskip("sklearn")
@@ -140,6 +141,17 @@ def test_a_finished_run_resumes_to_the_same_numbers(finished, capsys):
         assert code == 0 and again == out
         code, _, err = run(capsys, *command)
         assert code == 2 and "add --resume or --overwrite" in err
+
+
+def test_networks_that_were_measured_are_not_measured_again(finished, capsys, monkeypatch):
+    for name in ("triangle", "curve"):
+        out, folder = finished(name, capsys)
+        command = [*RUNS[name][0], "--epochs", EPOCHS, "--out", folder, *COMMON, "--resume"]
+        with monkeypatch.context() as patched:
+            patched.setattr(_Models, "logits", lambda *_: pytest.fail("measured again"))
+            assert run(capsys, *command)[:2] == (0, out)
+    code, _, err = run(capsys, *command, "--points", "3")  # others have a file of their own
+    assert code == 0, err
 
 
 def test_other_data_and_networks_with_batch_norms(tmp_path, capsys):
