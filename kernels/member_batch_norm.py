@@ -25,6 +25,7 @@ SHIPPED = {
 FEW_PIXELS = 32  # a 128-byte line of float32
 PROGRAMS = 1024  # of one launch, as far as rows go: eight on each of 132 multiprocessors
 MOST_SPLITS = 64
+MOST_ROWS = 2**31 - 2**16  # kernels number them in 32 bits; tiles and splits reach beyond them
 MERGE_BLOCK = 16  # channels of one program that merges splits
 
 NEVER_CONSTANT = ["M", "F", "R", "rows", "splits"]
@@ -216,6 +217,9 @@ def cut(tensors: tuple[torch.Tensor, ...], config: Config | None) -> tuple[Cut, 
         bucket = "few pixels" if bucket == "pixels" and S < FEW_PIXELS else bucket
         config = SHIPPED[arch(x), bucket]
     block, R = config.tiles["BLOCK_R"], B * S
+    if R > MOST_ROWS:
+        rule = f"of at most {MOST_ROWS} numbers per channel with backend 'triton'"
+        raise ValueError(f"member_batch_norm: x must be {rule}; got {R}")
     groups = M * cdiv(F, config.tiles["BLOCK_F"])
     splits = min(max(1, PROGRAMS // groups), MOST_SPLITS, cdiv(R, 4 * block))
     rows = cdiv(cdiv(R, splits), block) * block

@@ -113,6 +113,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) if x.ndim == 3 else x.flatten(3)
 
 
+@torch.no_grad()  # an exported program calls it with parameters, which `out=` refuses
 def _apply(x, weight, bias, mean, var, layout, eps, relu, backend):
     y = _like(x, layout)
     if backend == "triton":

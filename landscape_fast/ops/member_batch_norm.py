@@ -243,7 +243,6 @@ def _check(x, tensors, training, momentum, eps, layout, members, activation) -> 
         not training or numbers != 1, OP, "x", "of more than one number per channel in training",
         list(x.shape),
     )  # fmt: skip
-    require(numbers < 2**31, OP, "x", "of fewer than 2**31 numbers per channel", numbers)
     require(0 <= momentum <= 1, OP, "momentum", "a number in [0, 1]", momentum)
     require(eps > 0, OP, "eps", "a number above 0", eps)
     return M

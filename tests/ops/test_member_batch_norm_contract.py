@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ops.norm_problem import BACKENDS, ORDERS, inputs, op, reference, statistics
+from ops.norm_problem import BACKENDS, LAYOUTS, ORDERS, inputs, op, reference, statistics
 
-from landscape_fast.nn import EnsembleBatchNorm1d
+from landscape_fast.nn import EnsembleBatchNorm1d, EnsembleBatchNorm2d
 from landscape_fast.ops import _member_batch_norm_ways as ways
 from landscape_fast.ops import member_batch_norm, member_batch_norm_reference
 from landscape_fast.testing import check_hessian, check_registered, check_transforms
@@ -98,6 +98,26 @@ def test_a_layer_without_momentum_averages_over_its_batches(device):
     mean = torch.stack([x.mean(1) for x in batches]).mean(0)
     torch.testing.assert_close(layer.running_mean, mean)
     torch.testing.assert_close(layer.running_var, torch.stack([x.var(1) for x in batches]).mean(0))
+
+
+@pytest.mark.parametrize("layout, strict", zip(LAYOUTS, [True, False, False], strict=True))
+def test_export_with_a_free_batch_size(layout, strict):
+    """As of nn.BatchNorm2d: the number of rows has no bound."""
+    layer, rows = EnsembleBatchNorm2d(4, 2, layout=layout).eval(), torch.export.Dim("rows")
+    place, size = (0, 2 * rows) if layout == "folded" else (1 - LAYOUTS.index(layout), rows)
+    x = inputs((2, 3, 4, 3, 2), layout)[0]
+    program = torch.export.export(layer, (x,), dynamic_shapes=({place: size},), strict=strict)
+    x = inputs((2, 7, 4, 3, 2), layout)[0]
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_more_numbers_than_kernels_can_count():
+    kernels = pytest.importorskip("landscape_fast.kernels.member_batch_norm")
+    x = torch.empty(1, 2**16, 1, 2**15, device="meta")
+    message = "^member_batch_norm: x must be of at most 2147418112 numbers per channel with"
+    with pytest.raises(ValueError, match=message):
+        kernels.cut((x,), None)
+    assert kernels.cut((x[:, 2:],), None)[0].R == 2**31 - 2**16
 
 
 X, W = torch.randn(2, 5, 3), torch.randn(2, 3)
