@@ -82,5 +82,7 @@ def describe_model(model: nn.Module) -> str:
 def describe_rows(x: Tensor, y: Tensor) -> str:
     """Shape of the training rows and a checksum of all targets and of up to 256 rows."""
     sample = x[:: max(1, x.shape[0] // 256)].contiguous().cpu()
+    if sample.dtype == torch.bfloat16:  # which numpy does not have
+        sample = sample.view(torch.int16)
     check = zlib.crc32(sample.numpy().tobytes(), zlib.crc32(y.contiguous().cpu().numpy().tobytes()))
     return f"{tuple(x.shape)} {x.dtype}, checksum {check:08x}"

@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from landscape_fast.methods.checkpoint import load_checkpoint, save_checkpoint
+from landscape_fast.methods.checkpoint import describe_rows, load_checkpoint, save_checkpoint
 
 
 def test_round_trip_keeps_every_bit(tmp_path):
@@ -81,3 +81,10 @@ def test_the_message_names_what_differs_only(tmp_path):
     text = str(error.value)
     assert "lr 0.1 (now 0.2), new 'absent' (now 2), old 1 (now 'absent')" in text
     assert "seed" not in text and str(path) in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_rows_of_every_dtype_are_told_apart(dtype):
+    x, y = torch.arange(6).view(3, 2), torch.arange(3)
+    one, same, other = (describe_rows((x + k).to(dtype), y) for k in (0, 0, 1))
+    assert one == same != other
