@@ -6,8 +6,9 @@ kernels that run all members in one launch (`_subspace_conv2d_kernels`): "triton
 On a GPU, a model of the time of each way, in microseconds. Every number is an estimate until
 measured: rates are those of batch_ensemble_conv2d's plan, whose Triton kernel this one is but for
 the weights; cuDNN's grouped convolutions were seen at 2 to 8 times the time of as many products
-without groups; halo kernels are to reach 1.75 times the time of their bytes. The choice is the
-smallest estimate; forcing a backend overrides it.
+without groups; halo kernels are to reach 1.75 times the time of their bytes, or the rate of our
+other kernels, with three products of tf32 for one of float32. The choice is the smallest estimate;
+forcing a backend overrides it.
 """
 
 from functools import lru_cache
@@ -20,6 +21,7 @@ from landscape_fast.ops._batch_ensemble_linear_plan import (
     BANDWIDTH,
     GEMM_LAUNCH,
     PASS_LAUNCH,
+    RATE,
     SUM_LAUNCH,
     _pass,
     _size,
@@ -102,9 +104,9 @@ def _choose(p: Problem, kernels: tuple[str, ...], gradients: bool) -> Plan:
     if not (0 < p.K <= MOST_MIXED and p.channels_last and "triton" in kernels):
         return Plan(*best)
     products = (0, 1) if gradients else (0,)
-    first = _pass(_single(p), (p.K + p.M) * _weight(p)) + GEMM_LAUNCH
-    mixed = 0.0
-    for which in products:
+    first = mixed = 0.0
+    for which in products:  # the members' weights are not kept, but formed for each
+        first += _pass(_single(p), (p.K + p.M) * _weight(p)) + GEMM_LAUNCH
         first += time(p, best[which], which)
         mixed += _mixed(p, which)
     return Plan(*best) if first <= mixed else Plan("triton", "triton", best[2], True)
@@ -118,8 +120,12 @@ def time(p: Problem, way: str, which: int) -> float:
     s = _single(p)
     x, y = p.M * p.B * p.inputs * p.I, p.M * p.B * p.outputs * p.O
     if way == "loop":
-        joins = (y, 0 if p.shared_x else x, 0)[which] if p.M > 1 else 0
-        return single._library(s, p.M, p.M * p.B, which) + (_pass(s, 2 * joins) if joins else 0.0)
+        us = single._library(s, p.M, p.M * p.B, which)
+        if p.M == 1 or which == 2:
+            return us
+        if p.shared_x and which == 1:  # every dx but the first is added
+            return us + (p.M - 1) * _pass(s, 3 * (x // p.M))
+        return us + _pass(s, 2 * (y, x)[which])
     if way == "grouped":
         products = single._library(s, 0, p.M * p.B, which) * GROUPED * p.groups**0.5
         copies = (x, y, x + y)[which]
@@ -128,8 +134,15 @@ def time(p: Problem, way: str, which: int) -> float:
         wide = s._replace(M=1, O=p.M * p.O)
         return single._library(wide, 1, p.B, which) + (_pass(s, 2 * y) if which else 0.0)
     if way == "cuda":
-        moved = (p.B * p.inputs * p.I if p.shared_x else x) + y
-        return GEMM_LAUNCH + HALO * _size(s) * 1e-6 * moved / BANDWIDTH[p.arch]
+        shared = p.shared_x and p.M > 1
+        moved = y + (p.B * p.inputs * p.I if shared and which != 1 else x)
+        us = HALO * _size(s) * 1e-6 * moved / BANDWIDTH[p.arch]
+        kind, products = ("tf32", 3) if p.kind == "ieee" else (p.kind, 1)
+        flops = products * 2e-6 * p.M * p.B * p.outputs * p.I * p.O * p.taps
+        us = GEMM_LAUNCH + max(us, flops / (RATE[p.arch][kind] * single.FUSED[kind][which]))
+        if shared and which == 1:  # a dx of each member, to add up
+            us += _pass(s, x + x // p.M)
+        return us + (SUM_LAUNCH if which == 2 else PASS_LAUNCH)
     us = single._fused(s, which)
     return us + (SUM_LAUNCH if which == 2 else PASS_LAUNCH)  # parts to add up; weights to pack
 

@@ -129,6 +129,15 @@ def test_what_the_estimates_say():
     thin = Problem(16, 128, 16, 16, 9, 1024, 1024)
     assert plan.choose(thin, ("triton", "cuda")).y == "cuda"
     assert plan.choose(thin._replace(channels_last=False), ("triton", "cuda")).y == "loop"
+    # float32 takes three products of tf32, which then take longer than the bytes do
+    wide = thin._replace(I=32, O=32, kind="tf32")
+    for which in (0, 1, 2):
+        exact = plan.time(wide._replace(kind="ieee"), "cuda", which)
+        assert 2.5 < exact / plan.time(wide, "cuda", which) <= 3.01
+    # of an x that members share, halo kernels and loops add up a dx of each
+    for way in ("cuda", "loop"):
+        once = plan.time(thin, way, 1)
+        assert plan.time(thin._replace(shared_x=True), way, 1) > once
     tiny = Problem(2, 1, 16, 16, 9, 64, 64, K=2)  # every launch counts
     assert plan.choose(tiny, ("triton",)).mix
     assert not plan.choose(huge._replace(K=2), ("triton",)).mix
