@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 from landscape_fast.landscape.diversity import Diagnosis
 from landscape_fast.methods.config import TrainConfig
-from landscape_fast.methods.deep_together import Failure, TogetherRun, check_network
+from landscape_fast.methods.deep_together import (
+    Failure,
+    TogetherRun,
+    check_network,
+    finite_members,
+    finite_tensors,
+)
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import Validation, check_rows, hold_out
-from landscape_fast.methods.trainer import Diverged, History, fit
+from landscape_fast.methods.trainer import Diverged, History, Run
 from landscape_fast.nn.ensemble import DeepEnsemble
 from landscape_fast.ops._checks import require, whole
 
@@ -123,7 +129,7 @@ def train_deep_ensemble(
     options = {"shared": order == "shared", "held": held, "patience": patience, "on_step": on_step}
     folder = None if directory is None else Path(directory)
     if together:
-        how = "auto" if together is True else together
+        how = together if isinstance(together, str) else "auto"
         label = f"{members} members together"
         path = folder and folder / "together.pt"
         groups = [(list(range(members)), {"how": how, "label": label, "checkpoint": path})]
@@ -150,12 +156,19 @@ def train_deep_ensemble(
 
 
 def _fit(network, m, x, y, config, about, on_step, resume, progress):
-    """(histories, failures) of one member trained by `fit`."""
-    more = {"identity": {"method": "deep"}, "resume": resume, "progress": progress}
+    """(histories, failures) of one member trained as `fit` does."""
+    sound = finite_tensors(network.state_dict())
+    run = Run(network, x, y, config, m, about["label"], about["checkpoint"], on_step)
+    run.identity["method"] = "deep"
     try:
-        return [fit(network, x, y, config, stream=m, on_step=on_step, **about, **more)], {}
+        run.execute(resume, progress)
     except Diverged as error:
-        return [[]], {m: Failure(0, str(error), None)}
+        return [run.history], {m: Failure(len(run.history) + 1, str(error), None)}
+    state = network.state_dict()
+    if finite_members([state[name][None] for name in sound], 1) == [True]:
+        return [run.history], {}
+    reason = f"weights not finite in epoch {config.epochs}"
+    return [run.history[:-1]], {m: Failure(config.epochs, reason, None)}
 
 
 def _survivors(networks: list[nn.Module], failed: dict[int, Failure]) -> DeepEnsemble:

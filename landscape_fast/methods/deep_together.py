@@ -15,7 +15,7 @@ from landscape_fast.methods.batches import Batches, StreamBatches
 from landscape_fast.methods.checkpoint import describe_model, describe_rows
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep_engines import Batched, Looped, State
-from landscape_fast.methods.seeds import stream_seed
+from landscape_fast.methods.seeds import rng_state, set_rng_state, stream_seed
 from landscape_fast.methods.trainer import History, Run
 from landscape_fast.nn.stacked import StackedEnsemble
 from landscape_fast.ops._checks import require
@@ -101,6 +101,7 @@ class TogetherRun(Run):
         self.histories: list[History] = [[] for _ in networks]
         self.ended: dict[int, Ended] = {}
         self.last = _copy(self.engine.tensors())  # where all active members were finite
+        self.sound = finite_tensors(self.last)
         self.best: State = {}
         self.lowest = [math.inf] * len(networks)
         self.waited = [0] * len(networks)
@@ -137,7 +138,7 @@ class TogetherRun(Run):
         """Notes what each member did, and ends those that failed or no longer improve."""
         began = time.perf_counter()
         tensors = self.engine.tensors()
-        finite = _finite(tensors, len(self.active))
+        finite = finite_members([tensors[name] for name in self.sound], len(self.active))
         held = self._held_losses()
         seconds = (self.seconds + time.perf_counter() - began) / len(self.active)
         records, keep, place = [], [], 0
@@ -212,6 +213,7 @@ class TogetherRun(Run):
     def state(self) -> dict[str, Any]:
         return {
             "engine": self.engine.state(),
+            "rng": rng_state(self.device),  # on a GPU, of the dropout of a batched pass
             "active": self.active,
             "ended": {m: list(end) for m, end in self.ended.items()},
             "last": self.last,
@@ -230,6 +232,7 @@ class TogetherRun(Run):
         if state["active"]:
             self._keep(state["active"])
             self.engine.load(state["engine"])
+        set_rng_state(state["rng"], self.device)
         self.active = list(state["active"])
         self.ended = {m: Ended(*end) for m, end in state["ended"].items()}
         for name in ("last", "best"):
@@ -270,11 +273,14 @@ def _copy(tensors: State) -> State:
     return {name: t.detach().clone() for name, t in tensors.items()}
 
 
-def _finite(tensors: State, members: int) -> list[bool]:
-    """Whether all numbers of each member are finite; waits for the device once."""
-    every = [
-        t.isfinite().view(members, -1).all(1) for t in tensors.values() if t.is_floating_point()
-    ]
+def finite_tensors(tensors: State) -> list[str]:
+    """Names of those that are finite and have to stay so; a mask may hold infinities."""
+    return [n for n, t in tensors.items() if t.is_floating_point() and bool(t.isfinite().all())]
+
+
+def finite_members(tensors: list[Tensor], members: int) -> list[bool]:
+    """Whether all numbers of each member [M, ...] are finite; waits for the device once."""
+    every = [t.isfinite().reshape(members, t[0].numel()).all(1) for t in tensors]
     return torch.stack(every).all(0).tolist() if every else [True] * members
 
 
