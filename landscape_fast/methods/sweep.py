@@ -154,13 +154,14 @@ def sweep(
     require(auto or whole(per_pass, 1), op, "per_pass", rule, repr(per_pass))
     models = _Models(model, x, calibration, statistics, batch_size)
     y = y.to(models.device)
-    first, last = _given(weights, 0, 1, models), _given(weights, count - 1, count, models)
-    models.per_pass = models.choose(count, first) if auto else min(per_pass, count)
+    # the ends alone would be those of every curve between them
+    some = [_given(weights, s, s + 1, models) for s in dict.fromkeys((0, count // 2, count - 1))]
+    models.per_pass = models.choose(count, some[0]) if auto else min(per_pass, count)
     identity = {
         "model": describe_model(model),
         "data": describe_rows(models.x, y),
         "calibration": "none" if models.rows is None else describe_rows(models.rows, y[:0]),
-        "weights": f"{count}, checksum {_checksum(first, last):08x}",
+        "weights": f"{count}, checksum {_checksum(*some):08x}",
         "buffers": f"checksum {_checksum(*model.buffers()):08x}",
         "statistics": statistics,
         "batch_size": batch_size,
@@ -291,12 +292,15 @@ class _Models:
         M = weights.shape[0]
         if M == 1:
             self.point.copy_(weights[0])  # all parameters are views of it
-            return self._run(self.network)[None]
-        return self._run(self._stack(M, weights))
+        network = self.network if M == 1 else self._stack(M, weights)
+        logits = self._run(network)
+        rule, found = "a network from [B, ...] to logits [B, C]", logits.shape[int(M > 1) :]
+        require(len(found) == 2, "sweep", "model", rule, f"results {list(found)}")
+        return logits[None] if M == 1 else logits
 
     def _stack(self, members: int, weights: Tensor) -> StackedEnsemble:
         """One network of so many members, with these weights."""
-        if members not in self.stacks:  # two at most: the last pass may have fewer
+        if members not in self.stacks:  # of a full pass, of the last one, of two to try
             self.stacks[members] = StackedEnsemble.like(self.network, members, how="batched").eval()
         stack, views = self.stacks[members], self.layout.views(weights)
         for name, parameter in stack.model.named_parameters():
@@ -307,7 +311,7 @@ class _Models:
         if self.rows is not None:
             recalibrate_(network, self.rows, batch_size=self.batch_size)
         parts = [network(rows) for rows in self.x.split(self.batch_size)]
-        return torch.cat(parts, -2)
+        return torch.cat(parts, -2 if parts[0].ndim > 1 else 0)
 
 
 def _given(weights: Callable, start: int, stop: int, models: _Models) -> Tensor:

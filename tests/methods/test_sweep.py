@@ -126,7 +126,7 @@ def test_resumes_to_the_same_numbers(tmp_path):
 
     def interrupted(start, stop):
         called.append(start)
-        if start == 3:
+        if called.count(3) == 2:
             signal.raise_signal(signal.SIGINT)  # after which this pass is still done
         return weights(start, stop)
 
@@ -140,15 +140,17 @@ def test_resumes_to_the_same_numbers(tmp_path):
         return weights(start, stop)
 
     found = sweep(model, counted, S, x, y, checkpoint=file, resume=True, per_pass=2, **options)
-    assert called == [0, S - 1, 4, 6]  # the first two tell whose weights they are
+    assert called == [0, 3, S - 1, 4, 6]  # the first three tell whose weights they are
     for got, want in zip(found, truth, strict=True):
         torch.testing.assert_close(got, want)
     called.clear()
     again = sweep(model, counted, S, x, y, checkpoint=file, resume=True, **options)
-    assert called == [0, S - 1] and torch.equal(again.loss, found.loss)
+    assert called == [0, 3, S - 1] and torch.equal(again.loss, found.loss)
 
 
-@pytest.mark.parametrize("foreign", ["weights", "rows", "calibration", "count", "shared", "model"])
+@pytest.mark.parametrize(
+    "foreign", ["weights", "bend", "rows", "calibration", "count", "shared", "model"]
+)
 def test_a_foreign_checkpoint_is_refused(foreign, tmp_path):
     model, _, weights, x, y, calibration = problem(residual)
     file = tmp_path / "sweep.pt"
@@ -157,6 +159,8 @@ def test_a_foreign_checkpoint_is_refused(foreign, tmp_path):
     given = [model, weights, S, x, y]
     if foreign == "weights":
         given[1] = lambda start, stop: 1.5 * weights(start, stop)
+    elif foreign == "bend":  # another curve between the same ends
+        given[1] = lambda start, stop: weights(start, stop) + float(0 < start < S - 1)
     elif foreign == "rows":
         given[3] = x + 1
     elif foreign == "calibration":
@@ -242,6 +246,17 @@ def test_refuses(change, match):
     given = {"weights": weights, "count": S, "x": x, "y": y, "calibration": calibration}
     with pytest.raises(ValueError, match=f"sweep: {match}"):
         sweep(model, **(given | change), progress=False)
+
+
+@pytest.mark.parametrize("per_pass", [1, 3])
+def test_other_results_than_logits_are_refused(per_pass):
+    model, _, weights, x, y, _ = problem(BUILD["mlp"])
+    for change, got in ((lambda t: t[:, 0], r"\[23\]"), (lambda t: t[..., None], r"\[.*4, 1\]")):
+        other = copy.deepcopy(model)
+        other.layers[-1].register_forward_hook(lambda layer, given, y, change=change: change(y))
+        match = rf"sweep: model must be .* to logits \[B, C\]; got results {got}"
+        with pytest.raises(ValueError, match=match):
+            sweep(other, weights, S, x, y, per_pass=per_pass, progress=False)
 
 
 def test_weights_must_be_tensors():
