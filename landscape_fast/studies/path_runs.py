@@ -37,8 +37,13 @@ def run_subspace(job: Job) -> Found:
     corners = measure(job, "anchors", subspace, ends)
     names = [*(f"anchor {k + 1}" for k in range(K)), "midpoint"]
     rows = [job.row(name, one[None]) for name, one in zip(names, corners, strict=True)]
-    rows.append(job.row("ensemble of the anchors", corners[:K]))
-    notes = [error_note(job, rows), _angles(subspace), *_calibrated(job, subspace)]
+    notes = [_angles(subspace), *_calibrated(job, subspace)]
+    if args.kind == "bezier" and K > 2:
+        rows.append(job.row("ensemble of the ends", corners[[0, K - 1]]))
+        notes.append("the anchors between the ends of a Bezier curve do not lie on it")
+    else:
+        rows.append(job.row("ensemble of the anchors", corners[:K]))
+    notes.insert(0, error_note(job, rows))
     found = Found({"kind": args.kind, "anchors": K, **settings}, rows, notes, histories)
     if args.kind != "simplex":
         _along_line(job, found, subspace)

@@ -95,6 +95,14 @@ def test_a_line_is_measured_from_anchor_to_anchor(finished, capsys):
     assert path[2]["pair_nll"] == path[2]["nll"]  # of the midpoint with itself
 
 
+def test_the_ensemble_of_a_bezier_curve_is_that_of_its_ends(finished, capsys):
+    """The control point between them is no network of the curve."""
+    _, folder = finished("bezier", capsys)
+    rows, path = read(folder, "results"), read(folder, "path")
+    assert rows[-1]["name"] == "ensemble of the ends" and rows[-1]["members"] == "2"
+    assert float(rows[-1]["nll"]) == pytest.approx(float(path[0]["pair_nll"]), rel=1e-6)
+
+
 def test_a_triangle_has_its_corners_and_a_rim(finished, capsys):
     _, folder = finished("triangle", capsys)
     points = {
