@@ -14,7 +14,7 @@ from landscape_fast.methods.deep import Trained
 from landscape_fast.methods.seeds import stream_seed
 from landscape_fast.methods.snapshots import Plan, SnapshotRun, train_with_snapshots
 from landscape_fast.methods.swag import Swag
-from landscape_fast.methods.trainer import History
+from landscape_fast.methods.trainer import History, training_seconds
 from landscape_fast.ops._checks import require, whole
 
 KINDS = {"constant": "hold_linear", "cyclic": "cosine"}  # and the schedule that begins the run
@@ -36,7 +36,7 @@ class TrainedSwag(NamedTuple):
     @property
     def seconds(self) -> list[float]:
         """Seconds of training of each run, over all its epochs."""
-        return [sum(epoch["seconds"] for epoch in history) for history in self.histories]
+        return training_seconds(self.histories)
 
 
 def train_swa(

@@ -20,7 +20,7 @@ from landscape_fast.methods.deep_together import (
 )
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import Validation, check_rows, hold_out
-from landscape_fast.methods.trainer import Diverged, History, Run
+from landscape_fast.methods.trainer import Diverged, History, Run, training_seconds
 from landscape_fast.nn.ensemble import DeepEnsemble
 from landscape_fast.ops._checks import require, whole
 
@@ -51,7 +51,7 @@ class Trained(NamedTuple):
 
         Members trained together share the seconds of an epoch equally.
         """
-        return [sum(epoch["seconds"] for epoch in history) for history in self.histories]
+        return training_seconds(self.histories)
 
 
 def train_deep_ensemble(

@@ -13,7 +13,7 @@ from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.optim import make_optimizer
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import check_rows
-from landscape_fast.methods.trainer import History, Run
+from landscape_fast.methods.trainer import History, Run, training_seconds
 from landscape_fast.nn.coefficients import Line
 from landscape_fast.nn.ensemble import DeepEnsemble
 from landscape_fast.nn.statistics import recalibrate_, statistics_mode_
@@ -39,7 +39,7 @@ class TrainedSubspace(NamedTuple):
     @property
     def seconds(self) -> list[float]:
         """Seconds of training."""
-        return [sum(epoch["seconds"] for epoch in history) for history in self.histories]
+        return training_seconds(self.histories)
 
 
 def train_subspace(

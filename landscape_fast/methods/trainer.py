@@ -30,6 +30,11 @@ from landscape_fast.ops._checks import require
 History = list[dict[str, Any]]
 
 
+def training_seconds(histories: list[History]) -> list[float]:
+    """Seconds of training of each run, over all its epochs."""
+    return [sum(epoch["seconds"] for epoch in history) for history in histories]
+
+
 class Diverged(RuntimeError):
     """The loss of a training run stopped being finite."""
 

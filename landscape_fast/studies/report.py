@@ -129,13 +129,16 @@ def make_document(
     }
 
 
+def accuracy_note(rows: int, best: float) -> str:
+    """What a difference in accuracy must exceed to mean something."""
+    error = math.sqrt(best * (1 - best) / rows)
+    return f"{rows:,} test rows: the standard error of an accuracy of {best:.2%} is {error:.2%}"
+
+
 def make_notes(results: dict[str, Result], dataset: Dataset, config: TrainConfig) -> list[str]:
     """What to know when reading the table, in sentences; how the members differ among them."""
     rows, best = len(dataset.test_y), max(r.row["accuracy"] for r in results.values())
-    lines = [
-        f"{rows:,} test rows: the standard error of an accuracy of {best:.2%} is "
-        f"{math.sqrt(best * (1 - best) / rows):.2%}"
-    ]
+    lines = [accuracy_note(rows, best)]
     if "single" in results and "deep" in results:
         lines.append("single: the first member of deep, trained once and counted in both rows")
     if "batch" in results:

@@ -23,6 +23,7 @@ from landscape_fast.nn.flat import FlatLayout
 from landscape_fast.ops import ensemble_summary
 from landscape_fast.studies.compare import Problem
 from landscape_fast.studies.presets import EVALUATION_ROWS
+from landscape_fast.studies.report import accuracy_note
 
 COLUMNS = (
     ("name", "network", "{}"),
@@ -207,7 +208,5 @@ def _vectors(networks: Sequence[nn.Module]) -> Tensor:
 
 
 def error_note(job: Job, rows: Sequence[dict[str, Any]]) -> str:
-    """What a difference in accuracy must exceed to mean something."""
-    count, best = len(job.dataset.test_y), max(row["accuracy"] for row in rows)
-    error = (best * (1 - best) / count) ** 0.5
-    return f"{count:,} test rows: the standard error of an accuracy of {best:.2%} is {error:.2%}"
+    """`accuracy_note` of the best of the rows."""
+    return accuracy_note(len(job.dataset.test_y), max(row["accuracy"] for row in rows))
