@@ -62,12 +62,18 @@ def cosine_learning_rate(i: int, cycle: int, a: float) -> float:
         cycle: c, iterations of a cycle.
         a: the rate at which a cycle begins.
 
+    Raises:
+        ValueError: if i or the cycle breaks its rule.
+
     Source: Huang et al. 2017 (arXiv:1704.00109), Zhang et al. 2020 (arXiv:1902.03932).
 
     Example:
         >>> [round(cosine_learning_rate(i, 4, 0.2), 3) for i in range(1, 6)]
         [0.2, 0.171, 0.1, 0.029, 0.2]
     """
+    op = "cosine_learning_rate"
+    require(whole(i, 1), op, "i", "an integer of at least 1", i)
+    require(whole(cycle, 1), op, "cycle", "an integer of at least 1", cycle)
     return 0.5 * a * (1 + math.cos(math.pi * ((i - 1) % cycle) / cycle))
 
 

@@ -333,6 +333,10 @@ def test_wrong_arguments_of_the_parts_are_refused():
         fge_learning_rate(0, 4, 0.1, 0.01)
     with pytest.raises(ValueError, match="fge_learning_rate: cycle must be an even number of step"):
         fge_learning_rate(1, 3, 0.1, 0.01)
+    with pytest.raises(ValueError, match="cosine_learning_rate: i must be an integer of at"):
+        cosine_learning_rate(0, 4, 0.1)
+    with pytest.raises(ValueError, match="cosine_learning_rate: cycle must be an integer of"):
+        cosine_learning_rate(1, 0, 0.1)
     w = [nn.Parameter(torch.zeros(1))]
     with pytest.raises(ValueError, match=r"LangevinSGD: momentum must be a number in \[0, 1\)"):
         LangevinSGD(w, lr=0.1, momentum=1.0)
