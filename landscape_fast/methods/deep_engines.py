@@ -9,10 +9,23 @@ from torch import Tensor, nn
 
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.optim import make_optimizer
+from landscape_fast.nn._stacked_build import tensors
 from landscape_fast.nn._stacked_loop import MemberStreams
 from landscape_fast.nn.stacked import StackedEnsemble
 
 State = dict[str, Tensor]
+
+
+def state_of(module: nn.Module) -> State:
+    """All parameters and buffers, also those that its state dict leaves out; not copied."""
+    return {name: t.detach() for name, t in tensors(module).items()}
+
+
+@torch.no_grad()
+def restore(module: nn.Module, state: State) -> None:
+    """Sets what `state_of` returned."""
+    for name, t in tensors(module).items():
+        t.copy_(state[name])
 
 
 class Engine:
@@ -76,7 +89,7 @@ class Batched(Engine):
 
     def tensors(self) -> State:
         """The state of all members, [M, ...] each; not copied."""
-        return self.module.model.state_dict()
+        return state_of(self.module.model)
 
     def keep(self, places: list[int]) -> None:
         """Goes on with these members alone."""
@@ -105,7 +118,7 @@ class Batched(Engine):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.module.model.load_state_dict(state["model"])
+        restore(self.module.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.module.streams.load(state["streams"])
@@ -146,7 +159,7 @@ class Looped(Engine):
         return torch.stack([network(x) for network in self.module])
 
     def tensors(self) -> State:
-        every = [network.state_dict() for network in self.module]
+        every = [state_of(network) for network in self.module]
         return {name: torch.stack([state[name] for state in every]) for name in every[0]}
 
     def keep(self, places: list[int]) -> None:
@@ -159,18 +172,16 @@ class Looped(Engine):
 
     def state(self) -> dict[str, Any]:
         return {
-            "model": [network.state_dict() for network in self.module],
+            "model": [state_of(network) for network in self.module],
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
             "scheduler": [scheduler.state_dict() for scheduler in self.schedulers],
             "streams": self.streams.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        for name, own in (
-            ("model", self.module),
-            ("optimizer", self.optimizers),
-            ("scheduler", self.schedulers),
-        ):
+        for network, stored in zip(self.module, state["model"], strict=True):
+            restore(network, stored)
+        for name, own in (("optimizer", self.optimizers), ("scheduler", self.schedulers)):
             for one, stored in zip(own, state[name], strict=True):
                 one.load_state_dict(stored)
         self.streams.load(state["streams"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from landscape_fast.methods.batches import Batches, StreamBatches
 from landscape_fast.methods.checkpoint import describe_model, describe_rows
 from landscape_fast.methods.config import TrainConfig
-from landscape_fast.methods.deep_engines import Batched, Looped, State
+from landscape_fast.methods.deep_engines import Batched, Looped, State, restore
 from landscape_fast.methods.seeds import rng_state, set_rng_state, stream_seed
 from landscape_fast.methods.trainer import History, Run
 from landscape_fast.nn.stacked import StackedEnsemble
@@ -249,7 +249,7 @@ class TogetherRun(Run):
             chosen = self.best or tensors
             states[m] = {name: t[place].clone() for name, t in chosen.items()}
         for m, network in enumerate(self.networks):
-            network.load_state_dict(states[m])
+            restore(network, states[m])
             network.eval()
         return {
             self.streams[m]: Failure(end.epoch, end.reason, self.networks[m])

@@ -12,7 +12,6 @@ from torch import nn
 from landscape_fast.methods import TrainingInterrupted, fit, predict, train_deep_ensemble
 from landscape_fast.methods.deep import build_member
 from landscape_fast.methods.trainer import Diverged
-from landscape_fast.nn.stacked_layers import StackedDropout
 
 WAYS = ["batched", "loop"]
 PER_EPOCH = STEPS // CONFIG.epochs
@@ -208,21 +207,6 @@ def test_weights_that_are_not_finite_are_a_failure_too(together):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("together", [False, *WAYS])
-def test_infinities_of_a_mask_and_tensors_without_numbers_are_no_failure(together):
-    class Masked(nn.Sequential):
-        def __init__(self):
-            super().__init__(nn.Linear(2, 3), nn.Tanh())
-            self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
-            self.register_buffer("nothing", torch.zeros(0, 2))
-
-    config = dataclasses.replace(CONFIG, epochs=1)
-    trained = train_deep_ensemble(
-        Masked, *rows(), config, members=2, together=together, progress=False
-    )
-    assert not trained.failed and len(trained.model.members) == 2
-
-
 EARLY_LR = {double: 0.1, pictures: 0.01}  # with which members end at different epochs
 
 
@@ -320,21 +304,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, case, steps, tog
         together=together, directory=tmp_path, resume=True, on_step=lambda s: pytest.fail("again")
     )
     assert_same(again, expected)
-
-
-def test_masks_for_all_members_resume_too(tmp_path, monkeypatch):
-    """Those of torch's global generator, as a batched pass draws them on a GPU."""
-
-    def forward(self, x):
-        self.loop.plain.training = self.training
-        return self.loop.plain(x)
-
-    monkeypatch.setattr(StackedDropout, "forward", forward)
-    expected = train(together="batched")
-    with pytest.raises(TrainingInterrupted):
-        train(together="batched", directory=tmp_path, on_step=interrupt_after(3))
-    torch.manual_seed(1)
-    assert_same(train(together="batched", directory=tmp_path, resume=True), expected)
 
 
 def test_a_checkpoint_of_other_members_is_refused(tmp_path):
