@@ -1,7 +1,7 @@
 """Subspaces of networks trained in one run: lines, simplexes, curves, and ensembles inside them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,6 +200,8 @@ def subspace_ensemble(
         ValueError: if coefficients do not fit.
     """
     require(coeffs.ndim > 1, "subspace_ensemble", "coeffs", "[M, K] or [M, L, K]", [*coeffs.shape])
+    if isinstance(calibration, Iterator):  # every network needs all of them
+        calibration = list(calibration)
     networks = [subspace.network(row) for row in coeffs]
     for network in networks:
         statistics_mode_(network.eval(), statistics)

@@ -198,6 +198,8 @@ def test_ensembles_inside_the_subspace():
         subspace.move_to_(coeffs[m]).recalibrate_(x, batch_size=20)
         alone = subspace.model(x).detach()
         assert_as_exact(f"member {m}", logits[m], alone, alone.double())
+    batches = (part for part in x.tensor_split(3))  # that can be gone through once
+    assert torch.equal(subspace_ensemble(subspace, coeffs, batches)(x), logits)
     with pytest.raises(RuntimeError, match="running statistics"):
         subspace_ensemble(subspace, coeffs)(x)
     batch = subspace_ensemble(subspace, coeffs, statistics="batch")(x)
