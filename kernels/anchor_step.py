@@ -19,7 +19,7 @@ from .combine import launch, seen
 
 # (arch, BLOCK_S) -> Config, for up to BLOCK_S anchors. Origin: registers of the compiled code and
 # 16-byte accesses; none of it is timed on a GPU yet.
-_SHIPPED = [(1, 512, 4), (2, 512, 4), (4, 128, 4), (8, 128, 8), (16, 32, 4)]
+_SHIPPED = [(1, 512, 4), (2, 512, 4), (4, 128, 4), (8, 64, 4), (16, 32, 4)]
 SHIPPED = {
     (a, s): Config({"BLOCK_S": s, "BLOCK_P": p}, num_warps=warps, num_stages=1)
     for a in ARCHS
@@ -88,7 +88,7 @@ def anchor_step_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     row, place = row_of_tile(table_ptr, tile, R, steps)
-    size = tl.load(row)
+    size = seen(tl.load(row), UNIT)
     part = tl.load(row + 7)
     length = tl.where(tl.load(row + 8) == FULL, TILE, TILE // NARROW)
     begin = place * length
@@ -126,7 +126,7 @@ def anchor_step_kernel(
         d = tl.zeros((BLOCK_S, BLOCK_P), tl.float32)
         for m in range(M):
             c = tl.load(coeffs_ptr + m * coeffs_stride_m, mask=s < S, other=0.0).to(tl.float32)
-            at = grad_ptr + m * seen(grad_stride_m, UNIT) + p
+            at = grad_ptr + (tile * 0 + m) * seen(grad_stride_m, UNIT) + p  # in 64 bits
             g = tl.load(at, mask=in_p, other=0.0).to(tl.float32)
             if CURVE:
                 g += curve_l2 * tl.sum(c[:, None] * a, 0)

@@ -5,6 +5,7 @@ are written out here because Triton's own generator numbers its calls by offsets
 Gaussian numbers lose digits near a radius of 0. Nothing random is stored: the backward draws again.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ import triton
 import triton.language as tl
 
 from ._launch import ARCHS, Config, arch, cdiv, on_device
+from ._table import full_unit
+from .combine import seen
 
 # (arch, kernel) -> Config. Origin: registers and 16-byte accesses of the compiled code; not timed
 # on a GPU yet.
@@ -152,9 +155,10 @@ def _of_member(numbers_ptr, number, m):
 def perturb_fwd_kernel(
     weights_ptr, sigma_ptr, scales_ptr, dropouts_ptr, seeds_ptr, y_ptr,
     M, P, seed, first_member, scale, dropout, weights_stride_m, sigma_stride_m,
-    NOISE: tl.constexpr, MASK: tl.constexpr, BLOCK_P: tl.constexpr,
+    NOISE: tl.constexpr, MASK: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     # One program makes one tile of one member, and of every member that is a grid's height on.
+    P = seen(P, UNIT)
     start = tl.program_id(0).to(tl.int64) * BLOCK_P
     quads = start // 4 + tl.arange(0, BLOCK_P // 4)
     offs_p = start + tl.arange(0, BLOCK_P)
@@ -162,12 +166,14 @@ def perturb_fwd_kernel(
     seed = _seed_of(seeds_ptr, seed)
     m = tl.program_id(1).to(tl.int64)
     for _ in range(tl.program_id(1), M, tl.num_programs(1)):
-        y = tl.load(weights_ptr + m * weights_stride_m + offs_p, mask=in_p, other=0.0)
+        y = tl.load(weights_ptr + m * seen(weights_stride_m, UNIT) + offs_p, mask=in_p, other=0.0)
         y = y.to(tl.float32)
         if NOISE:
             noise = normals(seed, quads, first_member + m, BLOCK_P)
             if sigma_ptr is not None:
-                s = tl.load(sigma_ptr + m * sigma_stride_m + offs_p, mask=in_p, other=0.0)
+                s = tl.load(
+                    sigma_ptr + m * seen(sigma_stride_m, UNIT) + offs_p, mask=in_p, other=0.0
+                )
                 noise *= s.to(tl.float32)
             y += _of_member(scales_ptr, scale, m) * noise
         if MASK:
@@ -181,11 +187,12 @@ def perturb_fwd_kernel(
 def perturb_bwd_kernel(
     dy_ptr, sigma_ptr, scales_ptr, dropouts_ptr, seeds_ptr, dweights_ptr, dsigma_ptr, parts_ptr,
     M, P, seed, first_member, scale, dropout, dy_stride_m, sigma_stride_m,
-    NOISE: tl.constexpr, MASK: tl.constexpr, SHARED_WEIGHTS: tl.constexpr,
+    NOISE: tl.constexpr, MASK: tl.constexpr, UNIT: tl.constexpr, SHARED_WEIGHTS: tl.constexpr,
     SHARED_SIGMA: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     # One program takes one tile of one member, or, where a gradient is one for all members (the
     # grid is then one row high), of all in order. parts[tile, m] is the tile's share of dscales[m].
+    P = seen(P, UNIT)
     start = tl.program_id(0).to(tl.int64) * BLOCK_P
     quads = start // 4 + tl.arange(0, BLOCK_P // 4)
     offs_p = start + tl.arange(0, BLOCK_P)
@@ -195,7 +202,8 @@ def perturb_bwd_kernel(
     dsigma = tl.zeros((BLOCK_P,), tl.float32)
     m = tl.program_id(1).to(tl.int64)
     for _ in range(tl.program_id(1), M, tl.num_programs(1)):
-        g = tl.load(dy_ptr + m * dy_stride_m + offs_p, mask=in_p, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + m * seen(dy_stride_m, UNIT) + offs_p, mask=in_p, other=0.0)
+        g = g.to(tl.float32)
         if MASK:
             chance = _of_member(dropouts_ptr, dropout, m)
             g *= factors(seed, quads, first_member + m, chance, BLOCK_P)
@@ -219,7 +227,9 @@ def perturb_bwd_kernel(
                 tl.store(place, one.to(dsigma_ptr.dtype.element_ty), mask=in_p)
         if parts_ptr is not None:
             if sigma_ptr is not None:
-                s = tl.load(sigma_ptr + m * sigma_stride_m + offs_p, mask=in_p, other=0.0)
+                s = tl.load(
+                    sigma_ptr + m * seen(sigma_stride_m, UNIT) + offs_p, mask=in_p, other=0.0
+                )
                 g *= s.to(tl.float32)
             tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * M + m, tl.sum(g, 0))
         m += tl.num_programs(1)
@@ -242,7 +252,7 @@ def perturb_fwd(
         grid = (cdiv(P, config.tiles["BLOCK_P"]), min(M, MOST_ROWS))
         perturb_fwd_kernel[grid](
             weights, *_pointers(draw), y, M, P, *_numbers(draw), _stride_m(weights, M),
-            _stride_m(draw.sigma, M), *_wanted(draw), **config.options(),
+            _stride_m(draw.sigma, M), *_wanted(draw), _unit(weights, draw, y), **config.options(),
         )  # fmt: skip
 
 
@@ -267,8 +277,8 @@ def perturb_bwd(
         parts = dy.new_empty((tiles, M), dtype=torch.float32) if scales_too else None
         perturb_bwd_kernel[(tiles, 1 if any(one_each) else min(M, MOST_ROWS))](
             dy, *_pointers(draw), dweights, dsigma, parts, M, P, *_numbers(draw),
-            _stride_m(dy, M), _stride_m(draw.sigma, M), *_wanted(draw), *one_each,
-            **config.options(),
+            _stride_m(dy, M), _stride_m(draw.sigma, M), *_wanted(draw), _unit(dy, draw, dy),
+            *one_each, **config.options(),
         )  # fmt: skip
     return parts
 
@@ -284,6 +294,12 @@ def _numbers(draw: Draw) -> tuple:
 def _wanted(draw: Draw) -> tuple[bool, bool]:
     noise = draw.scales is not None or draw.scale != 0
     return noise, draw.dropouts is not None or draw.dropout != 0
+
+
+def _unit(rows: torch.Tensor, draw: Draw, like: torch.Tensor) -> int:
+    """The most elements, up to 16 bytes, that all rows of `like` [M, P] are multiples of."""
+    M, P = like.shape
+    return math.gcd(P | _stride_m(rows, M) | _stride_m(draw.sigma, M), full_unit(like))
 
 
 def _stride_m(rows: torch.Tensor | None, M: int) -> int:

@@ -37,6 +37,7 @@ COUNTED = {  # instruction -> pattern in the PTX
     "tcgen05": r"tcgen05\.mma",
     "mma.sync": r"mma\.sync",
     "cp.async": r"cp\.async\.c[ag]\.shared",
+    "wide": r"(?:ld|st)\.global\S*\.v[248]\.b32",  # 8 bytes or more
     "tma": r"cp\.async\.bulk\.tensor\.\dd\.shared",
 }
 

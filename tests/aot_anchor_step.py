@@ -19,10 +19,10 @@ def cases(arch: int, cores: dict[int, str]) -> Iterator[tuple]:
         never = tuple(cores.values())
         for kind in (ADAMW, NESTEROV) if held == 2 else (ADAMW,):
             call = partial(_call, config, held, kind, torch.float32)
-            yield f"anchor_step S={held} kind={kind}", call, (), never
+            yield f"anchor_step S={held} kind={kind}", call, ("wide",), never
         if held == 4:
             call = partial(_call, config, held, ADAMW, torch.bfloat16, pair=False, parts=True)
-            yield f"anchor_step S={held} bfloat16", call, (), never
+            yield f"anchor_step S={held} bfloat16", call, ("wide",), never
 
 
 def _call(config, S, kind, dtype, pair=True, parts=False):

@@ -161,7 +161,7 @@ def _perturb(arch: int) -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16) if a == arch else ():
             for shared in (False, True):
                 name = f"perturb {kernel}{' shared' if shared else ''} {dtype}"
-                yield Case(name, _perturb_call(kernel, config, dtype, shared))
+                yield Case(name, _perturb_call(kernel, config, dtype, shared), ("wide",))
 
 
 def _perturb_call(kernel, config, dtype, shared):

@@ -44,7 +44,8 @@ def table(reports: dict[int, list[dict]]) -> str:
         for found in reports.values():
             cell = "-"
             for r in (r for r in found if r["name"] == name):
-                marks = [f"{k} {v}" for k, v in r["counts"].items() if v and k != "cp.async"]
+                counts = {k: v for k, v in r["counts"].items() if k not in ("cp.async", "wide")}
+                marks = [f"{k} {v}" for k, v in counts.items() if v]
                 spilled = r["stack"] + r["local"]
                 cell = f"{r['registers']}/{spilled}/{r['shared'] / 1024:.0f} {' '.join(marks)}"
             cells.append(f"{cell:>28}")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from landscape_fast.kernels._launch import INTERPRETED
 from landscape_fast.ops.anchor_step import (
     AdamRule,
     AnchorState,
@@ -237,6 +238,23 @@ def test_every_instruction_set_and_any_number_of_threads(isa, monkeypatch):
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     check("cpp", SHAPES[2], "adam", "cpu", **penalties("matrices", 5, 4, "cpu"))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has no sparse files")
+def test_offsets_beyond_32_bits(tmp_path):
+    """Rows that lie 2**30 elements apart, read and written."""
+    far, near = [], []
+    for rows in (4, 2, 2):  # pages of the files come on demand
+        name = str(tmp_path / str(len(far)))
+        big = torch.from_file(name, shared=True, size=rows * 2**30, dtype=torch.float16)
+        far.append(big.as_strided((rows, 24), (2**30 + 8, 1)).copy_(torch.randn(rows, 24)))
+        near.append(far[-1].clone())
+    coeffs, rule = torch.randn(4, 4), RULES["momentum"]
+    for grad, anchors, fixed in (far, near):
+        state = AnchorState.zeros(rule, near[1])
+        options = {"fixed": fixed, "curve_l2": 0.1, "backend": "triton"}
+        anchor_step(grad, coeffs, anchors, rule, state, **options)
+    assert torch.equal(far[1], near[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
