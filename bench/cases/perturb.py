@@ -66,6 +66,11 @@ def rand(weights, sigma, dropout):
     return weights * ((torch.rand_like(weights) >= dropout) / (1 - dropout))
 
 
+def dropout(weights, sigma, p):
+    """The layer's function."""
+    return torch.nn.functional.dropout(weights, p)
+
+
 def with_sigma(function_, weights, sigma, kind, **options):
     sigma = None if kind == "dropout" else sigma
     return function_(weights, 1, sigma=sigma, **OPTIONS[kind], **options)
@@ -93,6 +98,10 @@ def contestants(device: str, quick: bool, kind, P, M, dtype) -> list[Contestant]
             Contestant(c.name, c.group, c.bind, ("eager", "graph"), False, c.cudagraphs, c.skipped)
             for c in compiled(name, plain, device, quick)
         ]
+    if kind == "dropout":
+        library = partial(dropout, p=OPTIONS["dropout"]["dropout"])
+        modes = ("eager", "graph")
+        found.append(function("F.dropout", "library", library, same=False, modes=modes))
     return [*found, copy_floor(lambda inputs: work(P, M, dtype, kind)["fwd"].bytes)]
 
 

@@ -6,7 +6,9 @@ code say: every layer mixing its own weights with Python floats (Wortsman et al.
 dictionary of mixed weights for `torch.func.functional_call`.
 """
 
+import functools
 import itertools
+import operator
 import random
 from functools import partial
 
@@ -82,8 +84,8 @@ class Blended(nn.Module):
 
     def forward(self, x):
         for name in self.names:
-            mixed = sum(c * w for c, w in zip(self.mixture, getattr(self, name), strict=True))
-            setattr(self.layer, name, mixed)
+            shares = map(operator.mul, self.mixture, getattr(self, name))
+            setattr(self.layer, name, functools.reduce(operator.add, shares))
         return self.layer(x)
 
 
@@ -286,7 +288,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         found.append(
             Case(
                 "subspace_step",
-                {"B": B, "K": K, "network": "SmallCNN" if quick else "cresnet20"},
+                {"step": "train", "B": B, "K": K, "network": "SmallCNN" if quick else "cresnet20"},
                 torch.float32,
                 partial(make, B=B, K=K, quick=quick),
                 partial(truth, quick=quick),
