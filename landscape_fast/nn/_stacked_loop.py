@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from landscape_fast.nn.dropout import ReLUDropout
+
+DROPOUTS = _DropoutNd, ReLUDropout
 
 
 class MemberStreams:
@@ -65,6 +70,15 @@ class MemberStreams:
         self.load(state)
 
 
+def follow(plain: nn.Module, holder: nn.Module) -> None:
+    """Sets what may have been changed on `holder`, which the caller sees in place of `plain`."""
+    plain.training = holder.training
+    if isinstance(plain, _BatchNorm):
+        plain.momentum = holder.momentum
+    elif isinstance(plain, DROPOUTS):
+        plain.p = holder.p
+
+
 class MemberLoop:
     """Calls one plain module once per member, with the tensors of that member in it.
 
@@ -82,9 +96,7 @@ class MemberLoop:
         """The results of `plain(*args, **kwargs)` for every (args, kwargs) of `calls`."""
         slots, views = [], {}
         for plain, holder in self.pairs:
-            plain.training = holder.training
-            if isinstance(plain, _BatchNorm):
-                plain.momentum = holder.momentum
+            follow(plain, holder)
             for kind in ("_parameters", "_buffers"):
                 for key, empty in getattr(plain, kind).items():
                     if empty is None:

@@ -17,6 +17,7 @@ from landscape_fast.nn._stacked_loop import (
     LoopedModule,
     MemberLoop,
     MemberStreams,
+    follow,
     gather,
     spread,
 )
@@ -272,7 +273,7 @@ class StackedEnsemble(nn.Module):
         require(ok, "StackedEnsemble.member", "i", rule, repr(i))
         memo: dict[int, Any] = {}
         for plain, holder in self._loop.pairs:
-            plain.training = holder.training
+            follow(plain, holder)
             for kind in ("_parameters", "_buffers"):
                 for key, empty in getattr(plain, kind).items():
                     if empty is not None and id(empty) not in memo:

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from landscape_fast.nn import norm as norms
-from landscape_fast.nn._stacked_loop import LoopedModule, LoopedNorm, MemberStreams, adopt
+from landscape_fast.nn._stacked_loop import (
+    DROPOUTS,
+    LoopedModule,
+    LoopedNorm,
+    MemberStreams,
+    adopt,
+    follow,
+)
 from landscape_fast.nn.convert import _HOOKS
-from landscape_fast.nn.dropout import ReLUDropout
 from landscape_fast.nn.functional import split_members
 from landscape_fast.ops.subspace_conv2d import subspace_conv2d
 from landscape_fast.ops.subspace_linear import subspace_linear
@@ -140,7 +146,7 @@ class StackedDropout(LoopedModule):
         if self.training and self.streams.seeds and x.device.type == "cpu":
             return super().forward(x)
         plain = self.loop.plain
-        plain.training = self.training
+        follow(plain, self)
         return plain(x)
 
 
@@ -159,7 +165,6 @@ _LAYERS = {
     nn.RMSNorm: StackedRMSNorm,
     nn.PReLU: StackedPReLU,
 }
-_DROPOUTS = (nn.modules.dropout._DropoutNd, ReLUDropout, nn.RReLU)
 
 
 def stand_in(
@@ -181,7 +186,7 @@ def stand_in(
     hooked = any(getattr(plain, name, None) for name in _HOOKS)
     if hooked or parametrize.is_parametrized(plain) or "forward" in vars(plain):
         return looped(plain, members, table, made, streams)
-    if isinstance(plain, _DROPOUTS):
+    if isinstance(plain, (*DROPOUTS, nn.RReLU)):
         return StackedDropout(plain, members, table, made, streams)
     if kind in _NORMS and getattr(plain, "momentum", 0.0) is not None:
         layer = _NORMS[kind](plain, members, layout="folded")

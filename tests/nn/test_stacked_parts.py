@@ -71,6 +71,20 @@ class TestStreams:
         plain = layer(x.expand(M, B, 50)) if how == "batched" else [layer(x) for _ in SEEDS]
         assert torch.equal(found, torch.stack(list(plain)))
 
+    @pytest.mark.parametrize("how", ["batched", "loop"])
+    @pytest.mark.parametrize("layer", [nn.Dropout(0.5), ReLUDropout(0.5)], ids=repr)
+    @pytest.mark.parametrize("seeds", [SEEDS, []], ids=["streams", "global"])
+    def test_another_rate_holds_from_then_on(self, seeds, layer, how):
+        network = nn.Sequential(layer, nn.BatchNorm1d(50))
+        stack = StackedEnsemble([network] * M, how=how).seed_members_(seeds)
+        x = torch.rand(B, 50)
+        stack(x)
+        stack.model[0].p, stack.model[1].momentum = 0.0, 0.5
+        stack.model[1].reset_running_stats()
+        stack(x)
+        torch.testing.assert_close(stack.model[1].running_mean, x.mean(0).expand(M, 50) / 2)
+        assert stack.member(1)[0].p == 0 and stack.member(1)[1].momentum == 0.5
+
     def test_a_device_that_is_not_there_is_left_out(self, monkeypatch):
         stack = StackedEnsemble([nn.Dropout(0.5)] * M).seed_members_(SEEDS)
         state = stack.streams.state()
