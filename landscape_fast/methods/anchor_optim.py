@@ -204,6 +204,9 @@ class AnchorOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes what `state_dict` returned; load the subspace before."""
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # torch moves the state alone
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].to(self.subspace.anchors.device)
         if "gram" in state_dict:
             kept, made = state_dict["gram"].to(self.gram), self.gram
             near = 1e-9 * float(made.max())

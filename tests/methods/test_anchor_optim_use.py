@@ -162,6 +162,15 @@ def test_state_dict_resumes_to_the_same_bits(cls):
     assert set(state) == {"step", *cls._names}
 
 
+def test_a_rate_on_another_device_is_moved():
+    """As of a checkpoint that was read to the CPU."""
+    kept = AnchorSGD(subspace(), torch.tensor(0.1), 0.9).state_dict()
+    space = subspace().to("meta")
+    optimizer = AnchorSGD(space, torch.tensor(0.1, device="meta"), 0.9)
+    optimizer.load_state_dict(kept)
+    assert optimizer.param_groups[0]["lr"].is_meta
+
+
 def test_a_gram_matrix_of_other_anchors_is_not_loaded():
     space = subspace()
     optimizer = AnchorSGD(space, 0.1, cos2=1.0)
