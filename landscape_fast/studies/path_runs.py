@@ -164,6 +164,8 @@ def measure(job: Job, name: str, subspace: Subspace, coeffs: Tensor) -> Tensor:
     coeffs = coeffs.to(job.device)
     network = subspace.network()
     normed = bool(batch_norms(network))
+    # another device mixes other bits, which are another sweep
+    file = f"sweep-{name.replace(' ', '-')}-{len(coeffs)}-{job.device}.pt"
     found = sweep(
         network,
         lambda start, stop: subspace.mix(coeffs[start:stop]).detach(),
@@ -174,7 +176,7 @@ def measure(job: Job, name: str, subspace: Subspace, coeffs: Tensor) -> Tensor:
         calibration=job.dataset.train_x[:CALIBRATION] if normed else None,
         batch_size=EVALUATION_ROWS.get(job.problem.model, 1000),
         keep_logits=True,
-        checkpoint=job.checkpoints / f"sweep-{name.replace(' ', '-')}-{len(coeffs)}.pt",
+        checkpoint=job.checkpoints / file,
         resume=job.args.resume,
         progress=not job.args.quiet,
     )
