@@ -54,7 +54,7 @@ _DESCRIPTORS = {  # unit stride along features and 16-byte aligned rows; Hopper 
     "x tied half medium tma": _x(128, 128, 64, 8, 2, True),
     "x tied half tiny tma": _x(64, 64, 64, 4, 3, True),
 }
-_AMPERE = {"fwd half wide": _fwd(128, 32, 64, 8, 3, folded=True)}  # with 64 outputs it spills there
+_AMPERE = {"fwd half wide": _fwd(128, 32, 64, 8, 2, folded=True)}  # with 64 outputs it spills there
 _TABLES = {
     80: _POINTERS | _AMPERE,
     90: _POINTERS | _DESCRIPTORS,
