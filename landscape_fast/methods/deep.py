@@ -78,7 +78,8 @@ def train_deep_ensemble(
     ensemble, and a single network is the ensemble of `members=1`. Together, all members make a
     step in one pass (`landscape_fast.nn.StackedEnsemble`), each with weights, statistics of norms,
     state of the optimiser, dropout masks and rows of its own: the results are those of training in
-    turn, to rounding (on a GPU the dropout masks of a batched pass may be others).
+    turn, to rounding. (On a GPU the dropout masks of a batched pass are others: they come from one
+    stream for all members, so that there they depend on M and on the members that have ended.)
 
     A member whose loss or weights stop being finite ends, and the others go on: it is left out of
     the model, is warned about, and is found in `Trained.failed`.
@@ -104,6 +105,10 @@ def train_deep_ensemble(
         resume: continue from the checkpoints found there; finished members are not trained again.
         progress: show progress.
         on_step: called after every step with the number of steps its run has done.
+
+    Returns:
+        Trained: the members that did not fail, and one history per member, failed ones up to the
+        epoch before.
 
     Raises:
         TrainingInterrupted, ValueError, RuntimeError: see `landscape_fast.methods.fit`; it is an
