@@ -179,7 +179,7 @@ def batch_ensemble_linear_reference(
 def _plan(name, backend, x, weight, r, s, sizes, needs) -> Plan:
     """How to run: as forced, or else as the table of the device says."""
     exact = held(x, (weight, r, s), (needs.weight, needs.r, needs.s))
-    if backend == "triton" or _dispatch.FORCED == "triton":
+    if name == "triton" and name in (backend, _dispatch.FORCED):
         return FUSED._replace(backward="G") if exact and FUSED.backward == "H" else FUSED
     if name == "cpp" and "cpp" in (backend, _dispatch.FORCED):
         return CPP

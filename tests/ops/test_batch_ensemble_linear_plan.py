@@ -204,6 +204,20 @@ def test_the_plan_is_asked_only_when_nothing_is_forced(automatic, monkeypatch, d
     assert asked == [ALL, Needs()]
 
 
+def test_kernels_forced_for_all_calls_leave_the_others_to_the_library(monkeypatch, device):
+    """A call that asks for "torch", and dtypes that have no kernel."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(PAGE._dispatch, "FORCED", "triton")
+    arguments = [t.detach() for t in inputs(device)]
+    plans = []
+    original = PAGE._plan
+    monkeypatch.setattr(PAGE, "_plan", lambda *a: plans.append(original(*a)) or plans[-1])
+    batch_ensemble_linear(*arguments)
+    batch_ensemble_linear(*arguments, backend="torch")
+    batch_ensemble_linear(*[t.double() for t in arguments])
+    assert [p.forward for p in plans] == ["fused", "composed", "composed"]
+
+
 def test_problem_is_read_off_the_arguments(automatic, monkeypatch, device):
     problems = []
     monkeypatch.setattr(
