@@ -61,6 +61,7 @@ class Subspace(nn.Module):
 
     A state dict holds the anchors, the current coefficients and the buffers of the model. A step
     that finds the point moved between its forward and its backward pass is an error of autograd.
+    Replays of a CUDA graph are not seen on the host: call `move_to_` after them.
 
     Source: Wortsman et al. 2021 (arXiv:2102.10472); Garipov et al. 2018 (arXiv:1802.10026).
 

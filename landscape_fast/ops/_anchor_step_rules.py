@@ -87,7 +87,7 @@ class AnchorState(NamedTuple):
     def zeros(cls, rule: Rule, anchors: Tensor) -> "AnchorState":
         """The state before the first step, on the device and in the dtype of `anchors` [T, P]."""
         kept = [torch.zeros_like(anchors, requires_grad=False) for _ in range(rule.states)]
-        return cls(torch.zeros((), device=anchors.device), *kept)
+        return cls(torch.zeros((), dtype=torch.float32, device=anchors.device), *kept)
 
 
 class Cos2(NamedTuple):

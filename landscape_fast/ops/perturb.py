@@ -43,10 +43,10 @@ def perturb(
         members: M where `weights` holds one model; None is 1.
         first_member: what the first row counts as: row m of this call is row 0 of a call with
             `first_member` + m. The numbers of members stay below 2^32.
-        scale: s, a number or [M]; the number 0 draws no Gaussian numbers. float32 or the dtype of
-            `weights`.
+        scale: s, a number or [M]; the number 0 draws no Gaussian numbers. Of the dtype of
+            `weights`, or float32 where that is bfloat16 or float16, as every tensor here.
         sigma: [P], [1, P] or [M, P], standard deviations before `scale`; None is 1 everywhere.
-            float32 or the dtype of `weights`, unit stride along P.
+            Unit stride along P.
         dropout: d, the chance that an element becomes 0: a number in [0, 1) or [M]. The number 0
             draws no masks.
         backend: "auto", "torch", "cpp", "triton" or "cuda"; see `landscape_fast.show_config`.

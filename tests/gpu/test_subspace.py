@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from landscape_fast.methods import AnchorSGD
-from landscape_fast.nn import Line, Simplex, Subspace
+from landscape_fast.nn import Bezier, Line, PolyChain, Simplex, Subspace
 from landscape_fast.nn.coefficients import line
 
 pytestmark = pytest.mark.gpu
@@ -99,8 +99,9 @@ def test_a_captured_step_trains_as_an_eager_one(batches):
     torch.testing.assert_close(subspace.coeffs, eager.coeffs)
 
 
-def test_a_captured_draw_is_another_at_every_replay():
-    subspace = make(Simplex(3), layerwise=True).cuda()
+@pytest.mark.parametrize("sampler", [Simplex(3), Bezier(3), PolyChain(3)], ids=repr)
+def test_a_captured_draw_is_another_at_every_replay(sampler):
+    subspace = make(sampler, layerwise=True).cuda()
     graph = captured(subspace.draw_)
     seen = []
     for _ in range(3):

@@ -90,6 +90,19 @@ def test_one_anchor_is_torch_optim(rule, backend, device):
     torch.testing.assert_close(anchors, plain.detach())
 
 
+def test_the_state_has_its_dtype_whatever_the_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        anchors, rule = torch.zeros(2, 3), AdamRule(0.1)
+        state = AnchorState.zeros(rule, anchors)
+        anchor_step(torch.ones(1, 3), torch.ones(1, 2), anchors, rule, state)
+    finally:
+        torch.set_default_dtype(before)
+    assert state.step == 1 and state.step.dtype == torch.float32
+    torch.testing.assert_close(anchors, torch.full_like(anchors, -0.1))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_infinity_stay_where_they_are(backend, device):
     anchors = torch.randn(2, 70, device=device)
