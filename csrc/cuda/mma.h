@@ -135,7 +135,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 }
 
 // The same with float32 operands: tf32 factors, or with EXACT each in two of them, which leaves out
-// only products of their last bits.
+// only products of their last bits, and makes NaN of an infinite one.
 template <bool EXACT>
 __device__ __forceinline__ void mma_float(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   uint32_t a_high[4], b_high[2];

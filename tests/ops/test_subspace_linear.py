@@ -64,14 +64,14 @@ def test_every_way_of_the_library(way, monkeypatch, device):
 
 @pytest.mark.parametrize("layout", ["member_major", "batch_major", "shared"])
 def test_any_strides(layout, device):
-    x, anchors, coeffs, bias = inputs(3, 2, 5, 8, 4, layout, device)
+    x, _, coeffs, bias = inputs(3, 2, 5, 8, 4, layout, device)
     apart = torch.randn(*x.shape[:-1], 2 * x.shape[-1], device=device)[..., ::2]
     turned = x.transpose(-1, -2).contiguous().transpose(-1, -2)
     rows = torch.randn(2, 6, 8, device=device)[:, 1:5]  # anchors with a gap between them
-    for given in (apart, turned):
+    own = torch.randn(3, 8, 4, device=device).transpose(1, 2), torch.randn(3, 4, device=device)
+    for given in (apart, turned, x[:1].expand_as(x)):
         check([given, rows, coeffs.T.contiguous().T, bias], layout)
-        check([given, anchors.transpose(1, 2).contiguous().transpose(1, 2), None, bias[:2]],
-              layout) if given.shape[0] == 2 or given.ndim == 2 else None  # fmt: skip
+        check([given, own[0], None, own[1]], layout)
 
 
 # -- what the mathematics promises -----------------------------------------------------------------
