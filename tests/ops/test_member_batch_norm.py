@@ -21,13 +21,15 @@ from landscape_fast.testing import assert_as_exact, check_op, fenced
 
 # (M, B, F, *pixels): features or pixels next to one another, many or few; the last three in two
 # splits. Many channels: with few, whose rounding errors are the largest is a matter of chance.
-SHAPES = [(3, 5, 14), (2, 3, 40, 1, 1), (3, 110, 11, 3, 2), (1, 33, 3, 19, 17), (2, 301, 33)]
+SHAPES = [(3, 5, 14), (2, 3, 40, 1, 1), (2, 90, 11, 3, 2), (1, 29, 3, 19, 17), (1, 301, 33)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_the_definition(shape, dtype, backend, device):
+    if dtype != torch.float32 and device == "cpu" and shape in SHAPES[3:]:
+        pytest.skip("slow, and the same instructions as in float32")
     given = inputs(shape, device=device)
     cases = [(True, "relu"), (False, "relu"), (True, None), (False, None)]
     for training, activation in cases[: 4 if shape in SHAPES[:1] else 2]:
@@ -40,7 +42,8 @@ def test_agrees_with_the_definition(shape, dtype, backend, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_every_layout_and_order_of_memory(training, layout, order, backend, device):
-    for shape in [(3, 4, 15, 3, 2), (2, 3, 40)]:
+    # without pixels the two orders are one
+    for shape in [(2, 4, 11, 3, 2), (2, 3, 40)][: 2 if order == "contiguous" else 1]:
         given = inputs(shape, layout, order, device)
         options = {"layout": layout, "training": training, "backend": backend}
         check_op(op, reference, given, **options)
@@ -51,7 +54,7 @@ def test_every_layout_and_order_of_memory(training, layout, order, backend, devi
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 5, 14), (2, 9, 13, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 14), (2, 9, 8, 3, 2)], ids=str)
 def test_three_steps_are_those_of_batch_norm_for_each_member(shape, layout, backend, device):
     """Outputs, gradients and running statistics of two training steps and an evaluation."""
     M, _, features = shape[:3]
@@ -107,7 +110,7 @@ def test_statistics_far_from_zero_keep_their_digits(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_none(backend, device):
-    x, weight, bias = inputs((3, 5, 14, 2, 2), device=device)
+    x, weight, bias = inputs((2, 5, 14, 2, 2), device=device)
     for given in ((x, None, None), (x, weight, None), (x, None, bias)):
 
         def call(function):
@@ -138,19 +141,19 @@ def test_float32_parameters_beside_16_bit_rows(dtype, backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_offsets_and_shared_rows(backend, device):
-    x, weight, bias = inputs((3, 6, 15, 4, 3), device=device)
-    wide = fenced(torch.randn(3, 6, 17, 4, 5, device=device))[:, :, 1:16, :, 1:4]
-    for given in (x[:, ::2], x.transpose(3, 4), x[:1].expand(3, -1, -1, -1, -1), wide):
+    x, weight, bias = inputs((2, 6, 9, 4, 3), device=device)
+    wide = fenced(torch.randn(2, 6, 11, 4, 5, device=device))[:, :, 1:10, :, 1:4]
+    for given in (x[:, ::2], x.transpose(3, 4), x[:1].expand(2, -1, -1, -1, -1), wide):
         check_op(op, reference, (given, weight, bias), backend=backend, fence=False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_autograd_hands_over_with_strange_strides(backend, device):
-    tensors = [t.requires_grad_() for t in inputs((2, 5, 40, 3, 2), device=device)]
+    tensors = [t.requires_grad_() for t in inputs((2, 5, 9, 3, 2), device=device)]
     exact = [t.detach().double().requires_grad_() for t in tensors]
     for loss in (
         lambda y: y.sum() + y[:, 1:3].square().sum(),
-        lambda y: (y.transpose(2, 4) * torch.arange(40.0, device=device)).sum() + y.pow(3).mean(),
+        lambda y: (y.transpose(2, 4) * torch.arange(9.0, device=device)).sum() + y.pow(3).mean(),
     ):
         got = torch.autograd.grad(loss(op(*tensors, backend=backend)), tensors)
         plain = torch.autograd.grad(loss(reference(*tensors)), tensors)
@@ -175,7 +178,7 @@ def test_only_what_is_asked_for(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_bits_every_time(backend, device):
-    tensors = [t.requires_grad_() for t in inputs((2, 300, 3, 2, 2), device=device)]
+    tensors = [t.requires_grad_() for t in inputs((1, 260, 3, 2, 2), device=device)]
 
     def run():
         y = op(*tensors, backend=backend)

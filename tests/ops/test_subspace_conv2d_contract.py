@@ -30,7 +30,7 @@ def test_keeps_x_and_the_weights(name, monkeypatch, device):
     if name == "triton":
         pytest.importorskip("triton")
     monkeypatch.setattr(PAGE, "plan_for", lambda *arguments: Plan(name, name, name))
-    x, anchors, coeffs, bias = inputs(device)
+    x, anchors, coeffs, bias = inputs(device, H=4)
     saved = {}
 
     def note(t):
