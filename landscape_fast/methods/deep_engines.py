@@ -14,6 +14,7 @@ from landscape_fast.nn._stacked_loop import MemberStreams
 from landscape_fast.nn.stacked import StackedEnsemble
 
 State = dict[str, Tensor]
+IGNORED = -100  # the class of rows that `F.cross_entropy` leaves out
 
 
 def state_of(module: nn.Module) -> State:
@@ -63,7 +64,8 @@ class Engine:
             label_smoothing=self.config.label_smoothing,
         )
         right = (logits.detach().argmax(-1) == y).double().mean(1)
-        return each.view(y.shape).mean(1), right
+        counted = (y != IGNORED).sum(1)
+        return each.view(y.shape).sum(1) / counted, right
 
 
 class Batched(Engine):

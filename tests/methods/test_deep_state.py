@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 import torch
 from methods.problem import CONFIG, rows
-from methods.test_deep_together import WAYS, assert_same, double, interrupt_after, problem, train
+from methods.test_deep_together import (
+    WAYS,
+    assert_close,
+    assert_same,
+    double,
+    interrupt_after,
+    problem,
+    train,
+)
 from torch import nn
 
 from landscape_fast.methods import TrainingInterrupted, predict, train_deep_ensemble
@@ -37,6 +45,17 @@ def test_buffers_outside_of_the_state_dict_are_trained_too(tmp_path, together):
         train_deep_ensemble(Counts, x, y, CONFIG, on_step=interrupt_after(3), **options)
     resumed = train_deep_ensemble(Counts, x, y, CONFIG, resume=True, **options)
     assert torch.equal(predict(resumed.model, x), predict(trained.model, x))
+
+
+@pytest.mark.parametrize("together", WAYS)
+def test_rows_without_a_class_are_left_out_as_in_turn(together):
+    x, y = problem(double)
+    y = torch.where(torch.arange(len(y)) % 4 == 0, -100, y)
+    options = {"members": 2, "progress": False}
+    config = dataclasses.replace(CONFIG, optimizer="sgd", batch_size=10, label_smoothing=0.1)
+    expected = train_deep_ensemble(double, x, y, config, **options)
+    trained = train_deep_ensemble(double, x, y, config, together=together, **options)
+    assert_close(trained, expected)
 
 
 def test_masks_for_all_members_resume_too(tmp_path, monkeypatch):
