@@ -136,7 +136,8 @@ def _run(tensors: tuple, members: int, conv: Conv, backend: str) -> Tensor:
         why = obstacle(name, x, anchors, conv)
         if why and backend == name:
             argument, _, rule = why.partition(" must be ")
-            got = conv.groups if argument == "groups" else list(x.shape)
+            how = f"{list(anchors.shape[3:])}, {conv.stride}, {conv.padding}, {conv.dilation}"
+            got = {"groups": conv.groups, "channels": list(anchors.shape[1:3])}.get(argument, how)
             raise ValueError(message(OP, argument, f"{rule} with backend {name!r}", got))
         forced = "" if why else forced
     if transforming() or x.numel() == 0:

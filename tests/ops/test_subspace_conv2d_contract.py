@@ -278,3 +278,21 @@ def test_refuses_groups_for_a_kernel_without(device):
     message = "groups must be 1 with backend 'triton'; got 2"
     with pytest.raises(ValueError, match=f"^subspace_conv2d: {message}"):
         subspace_conv2d(x, anchors[:, :, :4], coeffs, groups=2, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "channels, options, message",
+    [
+        (
+            20,
+            {"padding": 1},
+            r"channels must be one of \(16, 32\) with .*; got \[16, 20\]",
+        ),
+        (16, {"stride": 2}, r"kernel must be 3 by 3 .* got \[3, 3\], \(2, 2\), \(0, 0\), \(1, 1\)"),
+    ],
+)
+def test_says_what_a_kernel_for_few_shapes_was_given(channels, options, message, monkeypatch):
+    monkeypatch.setattr(PAGE, "pick", lambda *arguments: "cuda")
+    with pytest.raises(ValueError, match=f"^subspace_conv2d: {message}"):
+        subspace_conv2d(new(2, 2, channels, 5, 5), new(2, 16, channels, 3, 3), backend="cuda",
+                        **options)  # fmt: skip
