@@ -118,6 +118,8 @@ def alone(tensors: tuple, layout: str, groups: int) -> Tensor | None:
         x = x[0]
     if x.ndim != 4 or layout not in LAYOUTS or x.device != anchors.device:
         return None
+    if x.dtype not in FLOATS:
+        return None
     if not isinstance(groups, int) or x.shape[1] != anchors.shape[2] * groups:
         return None
     if bias is None:

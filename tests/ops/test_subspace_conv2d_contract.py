@@ -258,16 +258,23 @@ def test_refuses(changes, message):
         subspace_conv2d(**{**arguments, **changes})
 
 
+ONE = {"x": (1, 2, 4, 5, 5), "anchors": (1, 6, 4, 3, 3)}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"stride": 0}, "stride must be an integer or two, at least 1; got 0"),
         ({"x": new(1, 2, 4, 2, 5)}, "x must be of at least one output pixel"),
         ({"padding": 1.5}, "padding must be an integer or two, at least 0; got 1.5"),
+        (
+            {name: new(*shape, dtype=torch.complex64) for name, shape in ONE.items()},
+            "anchors must be one of float32, .*; got torch.complex64",
+        ),
     ],
 )
 def test_one_member_refuses_the_same(changes, message):
-    arguments = {"x": new(1, 2, 4, 5, 5), "anchors": new(1, 6, 4, 3, 3)}
+    arguments = {name: new(*shape) for name, shape in ONE.items()}
     with pytest.raises(ValueError, match=rf"^subspace_conv2d: {message}"):
         subspace_conv2d(**{**arguments, **changes})
 
