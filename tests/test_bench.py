@@ -152,6 +152,8 @@ def test_cases_and_targets_make_sense(op, device):
         assert set(c.modes) <= set(MODES)
         for target in c.targets:
             assert target.mode in c.modes and (target.over in names or not target.over)
+            rivals = [p for p in everybody if target.over in (p.name, p.group)]
+            assert not target.over or any(target.mode in p.modes for p in rivals), "never judged"
             assert target.ratio or target.ms
         for mode in c.modes:
             assert c.work[MODES[mode][0]].bytes > 0
