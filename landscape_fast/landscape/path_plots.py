@@ -201,7 +201,7 @@ def cycle_panels(
     errors.plot(collected, error, _MARKERS[0], label="collected network", **style)
     errors.plot(collected, ensemble, f"{_MARKERS[1]}-", color=_COLOURS[1], label="ensemble so far")
     errors.set_ylabel("test error (%)")
-    errors.legend(loc="upper right", fontsize=9)
+    errors.legend(loc="best", fontsize=9)
     distances.plot(collected[1:], apart, f"{_MARKERS[2]}-", color=_COLOURS[2])
     top = 1.15 * float(apart.max()) if len(apart) and apart.max() > 0 else 1.0
     distances.set(ylabel="distance from\nthe one before", xlabel="epoch", ylim=(0, top))
