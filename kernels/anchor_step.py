@@ -26,7 +26,8 @@ SHIPPED = {
     for s, p, warps in _SHIPPED
 }
 MOST_TILES = 8192  # of a network, beside one for each part: their products are added in one program
-SUM_TILE = 8192  # products that one program of anchor_step_sum_kernel has in flight at most
+SUM_TILE = 8192  # products that one program of anchor_step_sum_kernel has in flight at most,
+SUM_PER_WARP = 512  # and so many of them a warp: with 1024, the addresses and masks spilled
 
 _NEVER_CONSTANT = [
     "M", "T", "S", "P", "R", "steps", "coeffs_stride_m", "coeffs_stride_l", "coeffs_stride_s",
@@ -261,7 +262,9 @@ def anchor_step(
         most = triton.next_power_of_2(where.most if gram == "parts" else where.tiles)
         block_t = max(1, min(SUM_TILE // block_n, most))
         summing = Config(
-            {"PARTS": gram == "parts", "BLOCK_T": block_t, "BLOCK_N": block_n}, 4, num_stages=1
+            {"PARTS": gram == "parts", "BLOCK_T": block_t, "BLOCK_N": block_n},
+            num_warps=max(4, block_t * block_n // SUM_PER_WARP),
+            num_stages=1,
         )
         launch(
             anchor_step_sum_kernel, parts, summing, partials, where.data, step,

@@ -7,7 +7,7 @@ import torch
 
 from landscape_fast.kernels import anchor_step
 
-P, SIZES = 4096, (2048, 2000, 48)
+P, SIZES = 65536, (32768, 32000, 768)  # so many tiles that the sum takes its largest blocks
 NESTEROV, ADAMW = 2, 4  # kinds of rules: the others are shorter
 
 

@@ -191,7 +191,7 @@ def test_halo_convolutions_multiply_on_tensor_cores(disassembled):
     """16-bit operands come by matrices; a step is 9 taps, or 8 rows of pixels in a loop."""
     for name in ("subspace_conv2d_kernel", "subspace_conv2d_weight_kernel"):
         for k in named(disassembled, rf"{name}<"):
-            single = "float" in k.name
+            single = "<float" in k.name  # not bfloat16
             assert count(k, r"HMMA\.1688\S*" if single else r"HMMA\.16816\S*") >= 6, k.name
             assert (count(k, r"LDSM\S*") > 0) != single, k.name
             assert count(k, r"LDG\.E\.128\S*") >= 1 and count(k, "FFMA") == 0, k.name
