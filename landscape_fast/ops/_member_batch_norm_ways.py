@@ -22,11 +22,6 @@ def _kernels(name: str):
     return import_module(f"landscape_fast.kernels.{name}")
 
 
-def member_dims(layout: str) -> tuple[int, int, int]:
-    """(member, row, feature) dimensions of x; "folded" as if unfolded."""
-    return (1, 0, 2) if layout == "batch_major" else (0, 1, 2)
-
-
 def as_members(x: Tensor, members: int, layout: str) -> Tensor:
     """A view [M, B, F, ...] of x in any layout."""
     if layout == "folded":
