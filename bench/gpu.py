@@ -6,8 +6,8 @@ time does not stop the next one, and what it had found is kept: one JSON-lines f
 machine, every part's outcome, every test that failed and every row of the benches. The last lines
 printed say what passed, what was skipped, and which targets were met.
 
-What comes after the benches of the main ops (TabM's step, training, memory, the hyper-batch and
-small ops, three more sanitizers, large tensors) runs in the time that is left, or not at all.
+What comes after the benches of the main ops (TabM's step, training, memory, all other benches,
+three more sanitizers, large tensors) runs in the time that is left, or not at all.
 `--only PART ...` runs parts by name in a time of their own: `--only "bench tabm_step" memory`.
 
 The file is out/landscape_fast_gpu.jsonl, or landscape_fast_gpu.jsonl in $OUT where that is set.

@@ -38,7 +38,7 @@ LSF_HD float float_of(int32_t i) {
 // 2^n for -127 < n < 128; for any other n, which only NaN brings, some float.
 LSF_HD float two_to(int32_t n) { return float_of(int32_t(uint32_t(n + 127) << 23)); }
 
-// log2(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)), relative error 3e-8.
+// log2(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)), relative error 3e-8 before rounding.
 LSF_HD float log2_near_one(float f) {
   float y = 0.1258355944f;
   y = y * f - 0.2072682098f;

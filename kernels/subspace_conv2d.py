@@ -21,8 +21,7 @@ from .batch_ensemble_conv2d import (
     taps_and_channels,
 )
 from .batch_ensemble_linear import offset, precision
-
-OP = "subspace_conv2d"
+from .subspace_conv2d_boxes import OP
 
 
 @triton.jit

@@ -19,8 +19,7 @@ from .batch_ensemble_conv2d import (
 )
 from .batch_ensemble_conv2d_backward import outer_tile
 from .batch_ensemble_linear import offset, precision
-
-OP = "subspace_conv2d"
+from .subspace_conv2d_boxes import OP
 
 
 @triton.jit(do_not_specialize=["M", "B", "pixels_per_split"])

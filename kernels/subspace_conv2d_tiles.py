@@ -13,7 +13,7 @@ from ._launch import ARCHS, Config
 
 STAGES = conv.STAGES
 kind_of, depth, processors = conv.kind_of, conv.depth, conv.processors
-Split, weight_split = conv.Split, conv.weight_split
+weight_split = conv.weight_split
 _COLUMNS = {"fwd": "BLOCK_O", "x": "BLOCK_I"}
 
 

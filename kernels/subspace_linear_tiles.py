@@ -77,10 +77,12 @@ class Sizes(NamedTuple):
 def buckets(arch: int, stage: str, kind: str, tma: bool) -> tuple[tuple[float, Config], ...]:
     """(rate, configuration) of the shipped buckets of a stage."""
     found = usable(SHIPPED, RATES, arch, stage, kind, False)
-    described = usable(SHIPPED, RATES, arch, stage, kind, True) if tma else ()
+    if not tma:
+        return found
+    described = usable(SHIPPED, RATES, arch, stage, kind, True)
     # tiles for few examples are read through pointers where the others are not
     few = [f for f in found if f[1].tiles["BLOCK_B"] == 16 and stage != "weight"]
-    return (*described, *[f for f in few if f not in described]) if described else found
+    return (*described, *[f for f in few if f not in described])
 
 
 @lru_cache(4096)

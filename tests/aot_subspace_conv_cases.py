@@ -57,8 +57,8 @@ def _call(
         return rows[:, :, :, :size].permute(0, 1, 4, 2, 3)
 
     x, y = pictures(1 if shared else MEMBERS, I, H), pictures(MEMBERS, O, out)
-    rows, held = ANCHORS if mixed else MEMBERS, torch.float32
-    weight = new(rows, O, kernel, kernel, I, dtype=held if mixed else dtype)
+    rows, held = (ANCHORS, torch.float32) if mixed else (MEMBERS, dtype)
+    weight = new(rows, O, kernel, kernel, I, dtype=held)
     coeffs, bias = new(MEMBERS, ANCHORS) if mixed else None, new(rows, O)
     options = ((step, step), (pad, pad), (1, 1), tf32)
 

@@ -54,3 +54,13 @@ def _float32_as_such():
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    """Every instruction set of the CPU kernels in turn; a wish for more than there is runs less."""
+    from landscape_fast import _extension
+
+    monkeypatch.setenv("LANDSCAPE_FAST_ISA", request.param)
+    if _extension.C.cpu_isa() != request.param:
+        pytest.skip(f"this CPU, or this build, has no {request.param}")

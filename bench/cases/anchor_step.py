@@ -28,7 +28,7 @@ CUDA = (
     ),
     ("resnet20", 2, ("graph", "eager"), (Target("graph", "must", over="library", ratio=3.0),)),
     ("resnet20", 6, ("graph",), ()),
-)  # fmt: skip
+)
 CPU = (
     ("resnet20", 2, ("eager",), (Target("eager", "must", over="library", ratio=2.0),)),
     ("resnet20", 3, ("eager",), ()),
@@ -113,9 +113,8 @@ def by_autograd(name: str, group: str, **options) -> Contestant:
 def contestants(device: str, quick: bool, P: int, K: int) -> list[Contestant]:
     """Our backends; autograd with torch.optim one tensor at a time and fused; a copy."""
     first = _dispatch.explain("anchor_step", device, torch.float32)[0]
-    backends = dict.fromkeys((first, "torch")) if first != "torch" else ("torch",)
     return [
-        *[contestant(name) for name in backends],
+        *[contestant(name) for name in dict.fromkeys((first, "torch"))],
         by_autograd("autograd + torch.optim", "eager", foreach=False),
         by_autograd("autograd + torch.optim (fused)", "library", fused=True),
         copy_floor(lambda inputs: work(P, K)["fwd"].bytes),

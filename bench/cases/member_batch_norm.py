@@ -46,8 +46,8 @@ def op(x, weight, bias, **options):
 def per_member(x, weight, bias):
     """One library call for each member, and their results put together."""
     rows = zip(x.unbind(0), weight.unbind(0), bias.unbind(0), strict=True)
-    weight_and_bias = {"training": True, "eps": EPS}
-    return torch.stack([F.batch_norm(r, None, None, w, b, **weight_and_bias) for r, w, b in rows])
+    options = {"training": True, "eps": EPS}
+    return torch.stack([F.batch_norm(r, None, None, w, b, **options) for r, w, b in rows])
 
 
 def batch_major(x, weight, bias):
@@ -67,11 +67,6 @@ def make(device, generator, M, B, features, pixels, dtype, channels_last):
     if channels_last:
         x = x.movedim(2, -1).contiguous().movedim(-1, 2)
     return x.to(dtype), normal(M, features), normal(M, features)
-
-
-def truth(x, weight, bias):
-    """In the dtype given, which is float64."""
-    return per_member(x, weight, bias)
 
 
 def contestants(device: str, quick: bool, dtype, bytes_: int) -> list[Contestant]:
@@ -107,8 +102,8 @@ def cases(device: str, quick: bool) -> list[Case]:
                     pixels=pixels,
                     dtype=dtype,
                     channels_last=last,
-                ),  # fmt: skip
-                truth,
+                ),
+                per_member,
                 partial(contestants, dtype=dtype, bytes_=work["fwd"].bytes),
                 work,
                 modes,

@@ -1,6 +1,7 @@
 """perturb: noise and dropout on the weights of M networks, against the random numbers of torch."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -86,22 +87,19 @@ def contestants(device: str, quick: bool, kind, P, M, dtype) -> list[Contestant]
     """Ours, and the random numbers of torch: they differ, so they are only timed."""
     op = partial(with_sigma, perturb, kind=kind)
     plain = {
-        "noise": partial(randn, scale=OPTIONS["noise"].get("scale")),
+        "noise": partial(randn, scale=OPTIONS["noise"]["scale"]),
         "dropout": partial(rand, dropout=OPTIONS["dropout"]["dropout"]),
     }.get(kind)
-    found = [*ours("perturb", op, device, dtype)]
+    found = ours("perturb", op, device, dtype)
+    # without a gradient of sigma there is nothing to hold against ours in training
+    timed = {"same": False, "modes": ("eager", "graph")}
     if plain:
         name = {"noise": "torch.randn", "dropout": "torch.rand"}[kind]
-        # without a gradient of sigma there is nothing to hold against ours in training
-        found.append(function(name, "eager", plain, same=False, modes=("eager", "graph")))
-        found += [
-            Contestant(c.name, c.group, c.bind, ("eager", "graph"), False, c.cudagraphs, c.skipped)
-            for c in compiled(name, plain, device, quick)
-        ]
+        found.append(function(name, "eager", plain, **timed))
+        found += [replace(c, **timed) for c in compiled(name, plain, device, quick)]
     if kind == "dropout":
         library = partial(dropout, p=OPTIONS["dropout"]["dropout"])
-        modes = ("eager", "graph")
-        found.append(function("F.dropout", "library", library, same=False, modes=modes))
+        found.append(function("F.dropout", "library", library, **timed))
     return [*found, copy_floor(lambda inputs: work(P, M, dtype, kind)["fwd"].bytes)]
 
 

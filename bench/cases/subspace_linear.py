@@ -117,7 +117,8 @@ def make(device, generator, sizes, dtype):
 
 def contestants(device: str, quick: bool, sizes, dtype) -> list[Contestant]:
     """Everybody for one shape."""
-    found = ours("subspace_linear", partial(_called, subspace_linear), device, dtype, True)
+    op = partial(_called, subspace_linear)
+    found = ours("subspace_linear", op, device, dtype, composed=True)
     if sizes[0] == 1:
         return [*found, function("F.linear", "eager", plain)]
     return [

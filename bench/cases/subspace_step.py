@@ -154,14 +154,13 @@ class Functional:
         self.model, self.layout = placed(rows, quick)
         stacked = self.layout.views(self.layout.flatten_many(list(rows)))
         self.stacks = {name: t.clone().requires_grad_() for name, t in stacked.items()}
-        self.weights = [t.flatten(1) for t in self.stacks.values() if t.ndim > 2]
+        self.K = len(rows)
         self.optimizer = torch.optim.SGD(self.stacks.values(), **SETTINGS)
 
     def step(self, x, targets, coeffs):
-        K = len(self.weights[0])
-        i, j = (0, 1) if coeffs is not None else random.sample(range(K), 2)
+        i, j = (0, 1) if coeffs is not None else random.sample(range(self.K), 2)
         if coeffs is None:
-            each = torch.empty(K, device=x.device).exponential_()
+            each = torch.empty(self.K, device=x.device).exponential_()
             coeffs = each / each.sum()
         mixed = {name: torch.tensordot(coeffs, t, 1) for name, t in self.stacks.items()}
         y = functional_call(self.model, mixed, (x,))
@@ -177,8 +176,7 @@ class Functional:
         return y
 
     def anchors(self):
-        K = len(next(iter(self.stacks.values())))
-        return [t[k].flatten() for k in range(K) for t in self.stacks.values()]
+        return [t[k].flatten() for k in range(self.K) for t in self.stacks.values()]
 
 
 class Ours:
@@ -259,7 +257,7 @@ def truth(x, targets, rows, coeffs, quick):
 
 
 def contestants(device: str, quick: bool) -> list[Contestant]:
-    """Ours, both peers, and the network alone, with the plain and the fused optimiser."""
+    """Ours, both peers, and the network alone."""
     return [
         contestant("ours", "ours", Ours, quick),
         contestant("functional_call", "eager", Functional, quick),

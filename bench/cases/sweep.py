@@ -24,11 +24,10 @@ CPU = (Target("eager", "must", over="one at a time", ratio=0.95),)
 CUDA = (Target("eager", "must", over="one at a time", ratio=4.0),)
 
 
-def build(name: str, like: torch.Tensor, device=None, generator=None) -> nn.Module:
+def build(name: str, like: torch.Tensor, generator=None) -> nn.Module:
     """An untrained network in evaluation mode, for rows like these."""
-    device = like.device if device is None else device
     model = NETWORKS[name](tuple(like.shape[1:]), generator=generator, dtype=like.dtype)
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(like.device).eval().requires_grad_(False)
 
 
 def make(device, generator, name, S, N, size):
@@ -98,9 +97,8 @@ def vmapped(x, y, calibration, corners, coeffs, name, together):
         layer.train()
 
     def run(network, weights, buffers, rows):
-        state = (weights, buffers)
         call = torch.vmap(lambda *both: functional_call(network, both, (rows,)))
-        return call(*state)
+        return call(weights, buffers)
 
     for points in coeffs.split(together):
         weights = layout.views(points @ corners)

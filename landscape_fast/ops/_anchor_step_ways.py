@@ -27,24 +27,19 @@ def _impl(
     grad, coeffs, anchors, fixed, first, second, step, lr, kind, hyper, sizes, selected, penalty,
     pair, gram, backend,
 ):  # fmt: skip
-    S, L = coeffs.shape[-1], len(sizes)
-    shape = {"": (0,), "total": (S, S), "parts": (L, S, S)}[gram]
-    out = torch.empty(shape, dtype=torch.float64, device=anchors.device)
+    out = _new_gram(coeffs, anchors, sizes, gram)
     if anchors.numel() == 0:
         out.zero_()
         step += 1
-    elif backend == "cpp":
-        _cpp(
-            grad, coeffs, anchors, fixed, first, second, step, lr, kind, hyper, sizes, selected,
-            penalty, pair, gram, out,
-        )  # fmt: skip
+        return out
+    if backend == "cpp":
+        run = _cpp
     else:
-        from landscape_fast.kernels import anchor_step as kernels
-
-        kernels.anchor_step(
-            grad, coeffs, anchors, fixed, first, second, step, lr, kind, hyper, sizes, selected,
-            penalty, pair, gram, out,
-        )  # fmt: skip
+        from landscape_fast.kernels.anchor_step import anchor_step as run
+    run(
+        grad, coeffs, anchors, fixed, first, second, step, lr, kind, hyper, sizes, selected,
+        penalty, pair, gram, out,
+    )  # fmt: skip
     return out
 
 
@@ -73,6 +68,10 @@ def _fake(
     grad, coeffs, anchors, fixed, first, second, step, lr, kind, hyper, sizes, selected, penalty,
     pair, gram, backend,
 ):  # fmt: skip
+    return _new_gram(coeffs, anchors, sizes, gram)
+
+
+def _new_gram(coeffs, anchors, sizes, gram) -> Tensor:
     S, L = coeffs.shape[-1], len(sizes)
     shape = {"": (0,), "total": (S, S), "parts": (L, S, S)}[gram]
     return torch.empty(shape, dtype=torch.float64, device=anchors.device)

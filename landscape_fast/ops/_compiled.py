@@ -1,4 +1,4 @@
-"""How predictions are handed to the compiled module: pointers, sizes, strides, streams."""
+"""How tensors are handed to the compiled module: pointers, sizes, strides, streams."""
 
 import torch
 from torch import Tensor

@@ -211,8 +211,7 @@ def free(*sizes) -> bool:
     return known is not None and not all(known(n) for n in sizes)
 
 
-def autocasting(device: str) -> bool:
-    """Whether autocast is on for tensors of that device type."""
+def _autocasting(device: str) -> bool:
     known = device in ("cpu", "cuda")  # asking for the others takes time, and raises for some
     return (known or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
@@ -223,7 +222,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     Kernels are opaque to autocast, so a wrapper that skipped this would silently run in float32.
     """
     device = next(t for t in tensors if t is not None).device.type
-    if not autocasting(device):
+    if not _autocasting(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
@@ -235,7 +234,7 @@ def autocast_input(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ..
     16-bit parameters take the dtype of `x`. A float64 `x`, and float64 parameters, are left alone.
     """
     device = x.device.type
-    if not autocasting(device):
+    if not _autocasting(device):
         return x, *params
     if x.dtype in KERNEL_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
@@ -244,7 +243,7 @@ def autocast_input(x: Tensor, *params: Tensor | None) -> tuple[Tensor | None, ..
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
     """A context in which autocast is off for that device type; free where it is off already."""
-    return torch.autocast(device, enabled=False) if autocasting(device) else _NOTHING
+    return torch.autocast(device, enabled=False) if _autocasting(device) else _NOTHING
 
 
 def rounded(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -50,26 +50,27 @@ def _like(x: Tensor, layout: str) -> Tensor:
     return y.transpose(0, 1) if layout == "batch_major" else y
 
 
-def _rows(tensors, count: int) -> list:
+def rows_of(tensors, count: int) -> list:
+    """The `count` rows of every tensor, Nones for None."""
     return [[None] * count if t is None else t.unbind(0) for t in tensors]
 
 
-def _wide(tensors, x: Tensor) -> list[Tensor | None]:
-    """Parameters beside 16-bit x in float32, as statistics then are, too."""
+def widened(tensors, x: Tensor) -> list[Tensor | None]:
+    """Tensors [M, F], in float32 beside 16-bit x: the library mixes no dtypes among them."""
     return [t.float() if t is not None and x.dtype in LOW else t for t in tensors]
 
 
 # -- statistics ------------------------------------------------------------------------------------
 
 
-def _stats(x, running_mean, running_var, layout, momentum, backend):
-    mean, var = _stats_fake(x, running_mean, running_var, layout, momentum, backend)
+def _stats(x, running_mean, running_var, momentum, backend):
+    mean, var = _stats_fake(x, running_mean, running_var, momentum, backend)
     if backend == "triton":
         run = _kernels("member_batch_norm").member_batch_norm_stats
         run(_flat(x), running_mean, running_var, mean, var, momentum)
         return mean, var
-    moved = _wide((running_mean, running_var), x)
-    for one, *targets in zip(x.unbind(0), *_rows((mean, var, *moved), len(x)), strict=True):
+    moved = widened((running_mean, running_var), x)
+    for one, *targets in zip(x.unbind(0), *rows_of((mean, var, *moved), len(x)), strict=True):
         found = _update(one, *targets[2:], momentum)
         for own, values in zip(targets[:2], found, strict=True):
             own.copy_(values)
@@ -86,7 +87,7 @@ def _update(x, running_mean, running_var, momentum):
     return aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
 
 
-def _stats_fake(x, running_mean, running_var, layout, momentum, backend):
+def _stats_fake(x, running_mean, running_var, momentum, backend):
     dtype = torch.float32 if x.dtype in LOW else x.dtype
     shape = (x.shape[0], x.shape[2])
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
@@ -94,7 +95,7 @@ def _stats_fake(x, running_mean, running_var, layout, momentum, backend):
 
 stats_op = define(
     "member_batch_norm_stats(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " str layout, float momentum, str backend) -> (Tensor, Tensor)",
+    " float momentum, str backend) -> (Tensor, Tensor)",
     _stats,
     _stats_fake,
 )
@@ -116,10 +117,10 @@ def _apply(x, weight, bias, mean, var, layout, eps, relu, backend):
         norm = kernels.Norm(weight, bias, mean, var, eps)
         kernels.member_batch_norm_fwd(_flat(x), norm, relu, _flat(y))
         return y
-    given = _wide((weight, bias, mean, var), x)
+    given = widened((weight, bias, mean, var), x)
     nothing = given[2].new_empty(0)
     outs = {"save_mean": nothing, "save_invstd": nothing}
-    for one, own, *row in zip(x.unbind(0), y.unbind(0), *_rows(given, len(x)), strict=True):
+    for one, own, *row in zip(x.unbind(0), y.unbind(0), *rows_of(given, len(x)), strict=True):
         aten.native_batch_norm.out(one, *row, False, 0.0, eps, out=own, **outs)
     return y.relu_() if relu else y
 
@@ -153,14 +154,14 @@ def _backward(dy, x, weight, bias, mean, var, layout, eps, training, relu, need_
     if relu:
         y = _apply(x, weight, bias, mean, var, layout, eps, True, backend)
         dy = aten.threshold_backward(dy, y, 0)
-    weight, mean, var = _wide((weight, mean, var), x)
+    weight, mean, var = widened((weight, mean, var), x)
     rstd = (var.double() + eps).rsqrt().to(var.dtype)  # rounded once, as the library does
     mask = [need_x, need_p and weight is not None, need_p]
     options = (training, eps, mask)
     outputs = [t if t.numel() else None for t in (dx, dweight, dbias)]
     M = len(x)
-    rows = _rows((dy, x, weight, mean, var, mean, rstd), M)
-    for own, *row in zip(zip(*_rows(outputs, M), strict=True), *rows, strict=True):
+    rows = rows_of((dy, x, weight, mean, var, mean, rstd), M)
+    for own, *row in zip(zip(*rows_of(outputs, M), strict=True), *rows, strict=True):
         _take(own, aten.native_batch_norm_backward(*row, *options))
     return dx, dweight, dbias
 

@@ -22,7 +22,7 @@ def _fwd_impl(
         kernels.perturb_fwd(weights, draw, y)
         return y
     about = _described(y, sigma, scales, dropouts, seeds, scale, dropout, seed, first_member)
-    stride_m = weights.stride(0) if weights.shape[:-1] == (members,) else 0
+    stride_m = _stride_m(weights, members)
     if backend == "cpp":
         threads = torch.get_num_threads()
         _extension.C.perturb(*about, weights.data_ptr(), stride_m, y.data_ptr(), threads)
@@ -54,7 +54,7 @@ def _bwd_impl(
             sums = torch.float64 if backend == "cpp" else torch.float32
             parts = dy.new_empty((tiles, members), dtype=sums)
         places = (_place(dweights, members), _place(dsigma, members), _address(parts))
-        stride_m = dy.stride(0) if members > 1 else 0
+        stride_m = _stride_m(dy, members)
         if backend == "cpp":
             threads = torch.get_num_threads()
             _extension.C.perturb_backward(*about, dy.data_ptr(), stride_m, *places, threads)
@@ -75,6 +75,11 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _stride_m(rows: Tensor, members: int) -> int:
+    """Elements from one member's row to the next; 0 where all share it."""
+    return rows.stride(0) if rows.shape[:-1] == (members,) else 0
+
+
 def _place(t: Tensor | None, members: int) -> tuple[int, int]:
     """The address of a gradient, and whether it is one for all members."""
     return _address(t), int(t is not None and t.shape[:-1] != (members,))
@@ -83,12 +88,9 @@ def _place(t: Tensor | None, members: int) -> tuple[int, int]:
 def _described(like, sigma, scales, dropouts, seeds, scale, dropout, seed, first_member):
     """Perturbation of csrc/api.h: integers, then numbers."""
     M, P = like.shape
-    code, stride_m = 0, 0
-    if sigma is not None:
-        code, stride_m = DTYPE_CODES[sigma.dtype], sigma.stride(0) if sigma.ndim == 2 else 0
-        stride_m = stride_m if M > 1 and sigma.shape[0] == M else 0
+    rows = (0, 0) if sigma is None else (DTYPE_CODES[sigma.dtype], _stride_m(sigma, M))
     addresses = [_address(t) for t in (seeds, scales, dropouts, sigma)]
-    return (M, P, first_member, seed, *addresses, code, stride_m), scale, dropout
+    return (M, P, first_member, seed, *addresses, *rows), scale, dropout
 
 
 def _fwd_fake(

@@ -22,7 +22,7 @@ from landscape_fast.ops._dispatch import (
     without_autocast,
 )
 from landscape_fast.ops._subspace_conv2d_plan import LIBRARY, Plan
-from landscape_fast.ops._subspace_linear_autograd import _unmixed
+from landscape_fast.ops._subspace_linear_autograd import unmixed
 from landscape_fast.ops.combine import combine, combine_reference
 
 
@@ -90,7 +90,7 @@ def _gradients(dy, x, weight, coeffs, bias, needs, conv: Conv, plan: Plan):
     parts = [(weight, dweight, need_weight), (bias, dbias, need_bias)]
     parts = [(t.contiguous(), g.contiguous(), need) for t, g, need in parts if g is not None]
     if parts:
-        dcoeffs, found = _unmixed(coeffs, *zip(*parts, strict=True), need_coeffs)
+        dcoeffs, found = unmixed(coeffs, *zip(*parts, strict=True), need_coeffs)
         dbias = found.pop() if dbias is not None else None
         dweight = found.pop() if dweight is not None else None
     return dx, dweight, dcoeffs, dbias

@@ -11,15 +11,14 @@ from landscape_fast import _extension
 from landscape_fast.ops._batch_ensemble_conv2d_fused import tf32_allowed
 from landscape_fast.ops._compiled import DTYPE_CODES, call_cuda
 
-CHANNELS_LAST = True  # dweight
 CHANNELS = (16, 32)
 BLOCKS = 0  # of a launch; 0 leaves it to the kernels
 _SAME = ((1, 1), (1, 1, 1, 1), (1, 1))  # stride, pads, dilation
 
 
-def obstacle(dtype, x, weight, options) -> str:
+def obstacle(weight, options) -> str:
     """Why they cannot do this convolution; empty where they can."""
-    if weight[3:] != (3, 3) or tuple(tuple(o) for o in options) != _SAME:
+    if weight[3:] != (3, 3) or options != _SAME:
         return "kernel must be 3 by 3 with stride 1, padding 1 and dilation 1"
     if weight[1] not in CHANNELS or weight[2] not in CHANNELS:
         return f"channels must be one of {CHANNELS}"
@@ -29,16 +28,16 @@ def obstacle(dtype, x, weight, options) -> str:
 def forward(x: Tensor, weight: Tensor, coeffs: None, bias, y: Tensor, options) -> None:
     if bias is not None:
         bias = bias.to(x.dtype).float().contiguous()
-    _convolve(_pixels(x), _packed(weight, x), bias, False, y)
+    _convolve(_pixels(x), weight, bias, False, y)
 
 
 def input_gradient(dy: Tensor, weight: Tensor, coeffs: None, dx: Tensor, options) -> None:
     members = weight.shape[0]
     if dx.shape[0] == members:
-        _convolve(_pixels(dy), _packed(weight, dy), None, True, dx)
+        _convolve(_pixels(dy), weight, None, True, dx)
         return
     each = dx.new_empty(members, *_last(dx).shape[1:])  # of every member, to be added up
-    _convolve(_pixels(dy), _packed(weight, dy), None, True, each.permute(0, 1, 4, 2, 3))
+    _convolve(_pixels(dy), weight, None, True, each.permute(0, 1, 4, 2, 3))
     _last(dx).copy_(each.sum(0, keepdim=True))
 
 
@@ -46,11 +45,10 @@ def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor, options) -> None:
     dy, x, members = _pixels(dy), _pixels(x), dy.shape[0]
     about = _about(members, x, x.shape[-1], dy.shape[-1])
     count = _extension.C.subspace_conv2d_weight_cuda_parts(about)
-    last = dweight.permute(0, 1, 3, 4, 2)
-    parts = x.new_empty(count, *last.shape, dtype=torch.float32)
+    parts = x.new_empty(count, *dweight.shape, dtype=torch.float32)
     places = (_place(x, members), _place(dy, members))
     call_cuda("subspace_conv2d_weight_cuda", x, about, *places, parts.data_ptr())
-    torch.sum(parts, 0, out=last)
+    torch.sum(parts, 0, out=dweight)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias, turned: bool, y: Tensor) -> None:
@@ -92,8 +90,3 @@ def _pixels(x: Tensor) -> Tensor:
     if last.stride(4) == 1 and aligned:
         return last
     return last.clone(memory_format=torch.contiguous_format)
-
-
-def _packed(weight: Tensor, like: Tensor) -> Tensor:
-    """[M, O, 3, 3, I] of the dtype of `like`: a view where it is, and lies, so already."""
-    return _last(weight).to(like.dtype).contiguous()

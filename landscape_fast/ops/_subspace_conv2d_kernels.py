@@ -5,14 +5,13 @@
 forms weights itself. A channels-last x or weight makes a channels-last y.
 
 A way is the name of a module that has, with `options` as (stride, pads, dilation), where pads are
-zeros above, left, below and right:
+zeros above, left, below and right, and weights and their gradient as a contiguous
+[., O, kh, kw, I]:
 
-obstacle(dtype, x, weight, options) -> str: why it cannot; empty where it can. x and weight are
-    shapes.
+obstacle(weight, options) -> str: why it cannot, for a shape as in the op; empty where it can.
 forward(x, weight, coeffs, bias, y, options): fills y.
 input_gradient(dy, weight, coeffs, dx, options): fills dx, the sum over members where it is shared.
-weight_gradient(dy, x, dweight, options): fills dweight [M, O, I, kh, kw], float32, contiguous or,
-    with CHANNELS_LAST, in the memory of a contiguous [M, O, kh, kw, I].
+weight_gradient(dy, x, dweight, options): fills dweight, float32.
 """
 
 from functools import cache
@@ -31,8 +30,6 @@ MODULES = {"triton": _subspace_conv2d_triton, "cuda": _subspace_conv2d_cuda}
 
 @cache
 def _runs(way: str, device: str, dtype: torch.dtype) -> bool:
-    if way not in _dispatch.OPS[OP]:
-        return False
     try:
         _dispatch.explain(OP, device, dtype, way)
     except ValueError:
@@ -43,23 +40,28 @@ def _runs(way: str, device: str, dtype: torch.dtype) -> bool:
 _runs._dynamo_marked_constant = True  # torch.compile may take its answer for granted
 
 
-def obstacle(way: str, x: Tensor, weight: Tensor, conv: Conv) -> str:
+def obstacle(way: str, weight: Tensor, conv: Conv) -> str:
     """Why a backend cannot do this convolution; empty where it can."""
     if conv.groups != 1:
         return "groups must be 1"
-    shapes = (tuple(x.shape), tuple(weight.shape))
-    return MODULES[way].obstacle(x.dtype, *shapes, _options(conv))
+    return MODULES[way].obstacle(tuple(weight.shape), _options(conv))
 
 
 def usable(x: Tensor, weight: Tensor, conv: Conv) -> tuple[str, ...]:
     """The backends that can do it here."""
     here = [way for way in MODULES if _runs(way, x.device.type, x.dtype)]
-    return tuple([way for way in here if not obstacle(way, x, weight, conv)])
+    return tuple([way for way in here if not obstacle(way, weight, conv)])
 
 
 def _options(conv: Conv) -> tuple[tuple[int, ...], ...]:
     """(stride, pads, dilation)"""
     return tuple(conv.stride), tuple(pads_of(conv)), tuple(conv.dilation)
+
+
+def _packed(weight: Tensor, coeffs: Tensor | None, like: Tensor) -> Tensor:
+    """[., O, kh, kw, I]: a view where it lies so already. Own weights take the dtype of `like`."""
+    weight = weight.permute(0, 1, 3, 4, 2)
+    return (weight.to(like.dtype) if coeffs is None else weight).contiguous()
 
 
 def _forward_fake(x, weight, coeffs, bias, stride, pads, dilation, way):
@@ -75,6 +77,7 @@ def _forward_fake(x, weight, coeffs, bias, stride, pads, dilation, way):
 
 def _forward_impl(x, weight, coeffs, bias, stride, pads, dilation, way):
     y = _forward_fake(x, weight, coeffs, bias, stride, pads, dilation, way)
+    weight = _packed(weight, coeffs, x)
     MODULES[way].forward(x, weight, coeffs, bias, y, (stride, pads, dilation))
     return y
 
@@ -85,15 +88,14 @@ def _input_gradient_fake(dy, x, weight, coeffs, stride, pads, dilation, way):
 
 def _input_gradient_impl(dy, x, weight, coeffs, stride, pads, dilation, way):
     dx = _input_gradient_fake(dy, x, weight, coeffs, stride, pads, dilation, way)
+    weight = _packed(weight, coeffs, dy)
     MODULES[way].input_gradient(dy, weight, coeffs, dx, (stride, pads, dilation))
     return dx
 
 
 def _weight_gradient_fake(dy, x, kernel, stride, pads, dilation, way):
-    sizes, I = (dy.shape[0], dy.shape[2]), x.shape[2]
-    if MODULES[way].CHANNELS_LAST:
-        return x.new_empty((*sizes, *kernel, I), dtype=torch.float32).permute(0, 1, 4, 2, 3)
-    return x.new_empty((*sizes, I, *kernel), dtype=torch.float32)
+    M, O, I = dy.shape[0], dy.shape[2], x.shape[2]
+    return x.new_empty((M, O, *kernel, I), dtype=torch.float32)
 
 
 def _weight_gradient_impl(dy, x, kernel, stride, pads, dilation, way):
@@ -113,7 +115,7 @@ input_gradient_op = define(
     _input_gradient_impl,
     _input_gradient_fake,
 )
-weight_gradient_op = define(
+weight_gradient_op = define(  # dweight is [M, O, kh, kw, I]
     f"subspace_conv2d_dweight(Tensor dy, Tensor x, int[] kernel, {_HOW}",
     _weight_gradient_impl,
     _weight_gradient_fake,
@@ -132,4 +134,5 @@ def input_gradient(dy, x, weight, coeffs, conv: Conv, way: str) -> Tensor:
 
 def weight_gradient(dy, x, kernel: tuple[int, ...], conv: Conv, way: str) -> Tensor:
     """dweight [M, O, I, kh, kw], float32."""
-    return weight_gradient_op(dy, x, list(kernel), *map(list, _options(conv)), way)
+    dweight = weight_gradient_op(dy, x, list(kernel), *map(list, _options(conv)), way)
+    return dweight.permute(0, 1, 4, 2, 3)

@@ -4,10 +4,8 @@ from torch import Tensor
 
 from landscape_fast.ops._batch_ensemble_conv2d_fused import tf32_allowed
 
-CHANNELS_LAST = True  # dweight
 
-
-def obstacle(dtype, x, weight, options) -> str:
+def obstacle(weight, options) -> str:
     """They do every convolution without groups."""
     return ""
 
@@ -15,27 +13,19 @@ def obstacle(dtype, x, weight, options) -> str:
 def forward(x: Tensor, weight: Tensor, coeffs, bias, y: Tensor, options) -> None:
     from landscape_fast.kernels.subspace_conv2d import subspace_conv2d_fwd
 
-    weight = _packed(weight, x if coeffs is None else weight)
     subspace_conv2d_fwd(x, weight, coeffs, bias, y, *_shorter(options), tf32_allowed())
 
 
 def input_gradient(dy: Tensor, weight: Tensor, coeffs, dx: Tensor, options) -> None:
     from landscape_fast.kernels.subspace_conv2d import subspace_conv2d_bwd_x
 
-    weight = _packed(weight, dy if coeffs is None else weight)
     subspace_conv2d_bwd_x(dy, weight, coeffs, dx, *_shorter(options), tf32_allowed())
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dweight: Tensor, options) -> None:
     from landscape_fast.kernels.subspace_conv2d_backward import subspace_conv2d_bwd_weight
 
-    last = dweight.permute(0, 1, 3, 4, 2)
-    subspace_conv2d_bwd_weight(dy, x, last, *_shorter(options), tf32_allowed())
-
-
-def _packed(weight: Tensor, like: Tensor) -> Tensor:
-    """[M, O, kh, kw, I] of the dtype of `like`: a view where it is, and lies, so already."""
-    return weight.permute(0, 1, 3, 4, 2).to(like.dtype).contiguous()
+    subspace_conv2d_bwd_weight(dy, x, dweight, *_shorter(options), tf32_allowed())
 
 
 def _shorter(options):

@@ -80,7 +80,7 @@ def _gradients(dy, x, weight, coeffs, bias, needs, batch_major, plan):
         parts = [(weight, dweight, need_weight), (bias, dbias, need_bias)]
         parts = [part for part in parts if part[1] is not None]
         if parts:
-            dcoeffs, found = _unmixed(coeffs, *zip(*parts, strict=True), need_coeffs)
+            dcoeffs, found = unmixed(coeffs, *zip(*parts, strict=True), need_coeffs)
             dbias = found.pop() if dbias is not None else None
             dweight = found.pop() if dweight is not None else None
     return dx, dweight if need_weight else None, dcoeffs, dbias if need_bias else None
@@ -104,7 +104,7 @@ def _weight_gradient(dy, x, dtype, need_bias, way):
     return dweight, dy.sum(1, dtype=dtype) if need_bias else None
 
 
-def _unmixed(coeffs, anchors, grads, needs, need_coeffs):
+def unmixed(coeffs, anchors, grads, needs, need_coeffs):
     """Gradients of coefficients and anchors (None: unwanted) from those of the members' tensors."""
     name = pick("combine", "auto", anchors[0])
     if name == "torch":

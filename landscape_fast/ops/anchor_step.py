@@ -104,13 +104,13 @@ def anchor_step(
             return anchor_step_reference(
                 grad, coeffs, anchors, rule, state, **options, curve_l2=curve_l2, gram=gram
             )
-        pair = beta = None
+        pair, beta = None, 0.0
         if isinstance(penalty, Cos2):
             penalty, pair, beta = penalty
         lr = rule.lr if isinstance(rule.lr, Tensor) else None
         found = anchor_step_op(
             grad, coeffs, anchors, fixed, state.first, state.second, state.step, lr,
-            *hyper_of(rule, curve_l2, beta or 0.0), sizes or [anchors.shape[1]], selected,
+            *hyper_of(rule, curve_l2, beta), sizes or [anchors.shape[1]], selected,
             penalty, pair, gram or "", name,
         )  # fmt: skip
         torch.autograd.graph.increment_version(anchors)

@@ -10,13 +10,13 @@ from landscape_fast.ops._checks import FLOATS, check_tensor, message, names
 from landscape_fast.ops._combine_parts import combine_backward_op, combine_op, combine_out_op, views
 from landscape_fast.ops._dispatch import (
     KERNEL_DTYPES,
-    autocasting,
     declare,
     pick,
     reference_backward,
     transforming,
     wants_grad,
     wants_graph,
+    without_autocast,
 )
 
 declare("combine", cuda=KERNEL_DTYPES, triton=KERNEL_DTYPES)
@@ -95,11 +95,9 @@ def combine(
     if name == "cuda" and coeffs.shape[-1] > CUDA_ANCHORS:
         name = _without_cuda(backend, tensors[0])
     if composite or name == "torch":
-        return (
-            _composite(coeffs, anchors, sizes)
-            if out is None
-            else _into(out, coeffs, anchors, sizes)
-        )
+        if out is not None:
+            return _into(out, coeffs, anchors, sizes)
+        return _composite(coeffs, anchors, sizes)
     if out is not None:
         combine_out_op(coeffs, anchors, sizes, out, name)
         torch.autograd.graph.increment_version(out)
@@ -138,15 +136,12 @@ def _mix(coeffs: Tensor, anchors: Tensor) -> Tensor:
 
 def _composite(coeffs, anchors, sizes):
     """The reference, kept from autocast, which would round the parameters."""
-    device = coeffs.device.type
-    if autocasting(device):
-        with torch.autocast(device, enabled=False):
-            return combine_reference(coeffs, anchors, sizes=sizes)
-    return combine_reference(coeffs, anchors, sizes=sizes)
+    with without_autocast(coeffs.device.type):
+        return combine_reference(coeffs, anchors, sizes=sizes)
 
 
 def _into(out, coeffs, anchors, sizes):
-    """The reference for `out`: as many products, and nothing as large as the parameters besides."""
+    """The reference for `out`: in one dtype, nothing as large as the parameters is made besides."""
     parts = [slice(None)]
     if coeffs.ndim == 3:
         ends = list(itertools.accumulate(sizes))

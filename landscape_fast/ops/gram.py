@@ -15,7 +15,6 @@ from landscape_fast.ops._dispatch import (
     transforming,
     wants_grad,
     wants_graph,
-    without_autocast,
 )
 from landscape_fast.ops._library import define
 from landscape_fast.ops.combine import combine
@@ -77,8 +76,7 @@ def gram(
     if not tensors:
         return torch.zeros(0, 0, 0, dtype=torch.float64)
     if transforming():
-        with without_autocast(tensors[0].device.type):
-            return gram_reference(anchors, sizes=sizes)
+        return gram_reference(anchors, sizes=sizes)
     _check_strides(tensors, flat)
     name = pick("gram", backend, tensors[0])
     if wants_grad(*tensors):
@@ -92,16 +90,13 @@ def gram_reference(
     anchors: Tensor | Sequence[Tensor], *, sizes: Sequence[int] | None = None
 ) -> Tensor:
     """The definition: every backend is tested against this."""
-    if isinstance(anchors, Tensor):
-        if sizes is None:
-            return _products(anchors)
-        anchors = anchors.split(tuple(sizes), 1)
-    found = [_products(a.flatten(1) if a.ndim > 1 else a.unsqueeze(1)) for a in anchors]
-    return torch.stack(found)
+    flat = isinstance(anchors, Tensor)
+    found = [_products(part) for part in _parts((anchors,) if flat else anchors, sizes)]
+    return found[0] if flat and sizes is None else torch.stack(found)
 
 
 def _products(rows: Tensor) -> Tensor:
-    wide = rows.double()
+    wide = rows.double()  # which autocast leaves alone
     return wide @ wide.T
 
 
@@ -109,9 +104,8 @@ def _run(tensors, sizes, backend) -> Tensor:
     """[L, K, K]"""
     if backend != "torch":
         return gram_op(list(tensors), sizes, backend)
-    with without_autocast(tensors[0].device.type):
-        found = torch.stack([_in_pieces(part) for part in _parts(tensors, sizes)])
-        return (found + found.mT) / 2  # a library may round (i, j) and (j, i) differently
+    found = torch.stack([_in_pieces(part) for part in _parts(tensors, sizes)])
+    return (found + found.mT) / 2  # a library may round (i, j) and (j, i) differently
 
 
 def _parts(tensors, sizes) -> list[Tensor]:

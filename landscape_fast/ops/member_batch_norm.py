@@ -19,7 +19,9 @@ from landscape_fast.ops._member_batch_norm_ways import (
     as_members,
     backward_op,
     from_members,
+    rows_of,
     stats_op,
+    widened,
 )
 
 OP = "member_batch_norm"
@@ -76,7 +78,8 @@ def member_batch_norm(
     Cost: two reads and one write of `x` in training, one of each in evaluation; the backward reads
         `x` and dy twice and writes dx. It keeps `x`. Sums run in float32 (float64 for float64) and
         in a fixed order. Differentiable to any order. On CPUs the library's batch norm runs, for
-        each member into one result, or for all at once where there are no pixels.
+        each member into one result, or for all at once where there are no pixels or the layout is
+        "batch_major" (but for channels-last images).
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167); statistics as in Chan, Golub and LeVeque
         1983.
@@ -106,7 +109,7 @@ def member_batch_norm(
         y = _in_one(rows, tensors, (training, momentum, eps), relu)
         return from_members(y, layout)
     if training:
-        mean, var = stats_op(rows.detach(), running_mean, running_var, layout, momentum, name)
+        mean, var = stats_op(rows.detach(), running_mean, running_var, momentum, name)
     else:
         mean, var = running_mean, running_var
     if wants_grad(x, weight, bias):
@@ -141,14 +144,13 @@ def member_batch_norm_reference(
 
 def _each(x: Tensor, tensors: tuple[Tensor | None, ...], how: tuple, relu: bool) -> Tensor:
     """`F.batch_norm` of every member of [M, B, F, ...], with its rows of the tensors [M, F]."""
-    rows = [[None] * len(x) if t is None else t.unbind(0) for t in tensors]
-    if x.dtype in LOW:  # the library takes float32 beside 16 bits, but no mixture
-        rows = [[None if t is None else t.float() for t in row] for row in rows]
-    y = torch.stack([F.batch_norm(*one, *how) for one in zip(x.unbind(0), *rows, strict=True)])
-    if how[0] and x.dtype in LOW:
-        for own, row in zip(tensors[:2], rows, strict=False):
-            if own is not None:
-                own.copy_(torch.stack(row))
+    wide = widened(tensors, x)
+    rows = zip(x.unbind(0), *rows_of(wide, len(x)), strict=True)
+    y = torch.stack([F.batch_norm(*one, *how) for one in rows])
+    if how[0]:
+        for own, moved in zip(tensors[:2], wide, strict=False):
+            if own is not None and own is not moved:
+                own.copy_(moved)
     return y.relu() if relu else y
 
 

@@ -58,9 +58,9 @@ def perturb(
         NaN and infinities propagate. Parameters are not activations: autocast changes nothing.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if shapes, dtypes, devices or strides disagree, a number is out of range, or the
-            backend cannot run here. The values of tensors are not looked at.
+        TypeError: if `weights`, `sigma`, `scale` or `dropout` is of another type.
+        ValueError: if shapes, dtypes, devices or strides disagree, a number is out of range or no
+            integer, or the backend cannot run here. The values of tensors are not looked at.
 
     Cost: weights and sigma read and the result written once per member; no random number is stored:
         the backward draws them again. Differentiable to any order in `weights`, `sigma` and a
@@ -181,7 +181,10 @@ def _require(ok, argument, rule, got, remedy=None) -> None:
 
 
 def _rows(weights, members) -> int:
-    return members or 0 if members is not None else 1 if weights.ndim == 1 else weights.shape[0]
+    """M."""
+    if members is not None:
+        return members
+    return 1 if weights.ndim == 1 else weights.shape[0]
 
 
 def _check_weights(weights, members) -> int:

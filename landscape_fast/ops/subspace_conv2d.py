@@ -2,7 +2,6 @@
 
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -131,19 +130,19 @@ def _run(tensors: tuple, members: int, conv: Conv, backend: str) -> Tensor:
     """[M, B, O, H', W'] of prepared tensors, x as [M or 1, B, I, H, W]."""
     x, anchors, coeffs, bias = tensors
     name = pick(OP, backend, x)
-    forced = name if name in (backend, _dispatch.FORCED) else ""
-    if forced not in ("", "torch"):
-        why = obstacle(name, x, anchors, conv)
+    forced = name != "torch" and name in (backend, _dispatch.FORCED)
+    if forced:
+        why = obstacle(name, anchors, conv)
         if why and backend == name:
             argument, _, rule = why.partition(" must be ")
             how = f"{list(anchors.shape[3:])}, {conv.stride}, {conv.padding}, {conv.dilation}"
             got = {"groups": conv.groups, "channels": list(anchors.shape[1:3])}.get(argument, how)
             raise ValueError(message(OP, argument, f"{rule} with backend {name!r}", got))
-        forced = "" if why else forced
+        forced = not why
     if transforming() or x.numel() == 0:
         with without_autocast(x.device.type):
             return definition(*tensors, conv)
-    if forced not in ("", "torch"):
+    if forced:
         plan = Plan(name, name, name)
     else:
         plan = plan_for(tensors, members, conv, name)
@@ -169,4 +168,4 @@ def plan_for(tensors: tuple, members: int, conv: Conv, name: str) -> Plan:
         0 if coeffs is None else K,
     )  # fmt: skip
     kernels = () if name == "torch" else usable(x, anchors, conv)
-    return choose(problem, kernels, torch.is_grad_enabled() and wants_grad(x))
+    return choose(problem, kernels, wants_grad(x))

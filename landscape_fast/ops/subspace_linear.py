@@ -59,8 +59,8 @@ def subspace_linear(
 
     Returns:
         [M, B, O], [B, M, O] or [M*B, O] in the dtype of `x`. The order of its elements in memory
-        is not fixed. Autocast casts `x`. Weights are mixed in float32 and rounded once to the dtype
-        of `anchors`.
+        is not fixed. Autocast casts `x`. Weights are mixed in float32 (float64 for float64 anchors)
+        and rounded once to the dtype of `anchors`.
 
     Raises:
         TypeError: if an argument is not a tensor.
@@ -103,7 +103,7 @@ def subspace_linear(
     if coeffs is not None and plan.y != "mixed":
         anchors, bias = _mixed(coeffs, anchors, bias)
         coeffs = None
-    if plan.y == "plain" and x.dtype == anchors.dtype:
+    if plan.y == "plain":
         rows = x if x.ndim == 2 else x.squeeze(1 if batch_major else 0)
         return _plain(rows, anchors, bias, layout)
     y = apply(rows, anchors, coeffs, bias, batch_major, plan)

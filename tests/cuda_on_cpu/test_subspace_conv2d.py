@@ -12,7 +12,6 @@ from landscape_fast.ops import subspace_conv2d_reference as reference
 from landscape_fast.testing import check_op
 
 PAGE = sys.modules[op.__module__]
-KERNELS = sys.modules["landscape_fast.ops._subspace_conv2d_kernels"]
 
 
 class Extension:

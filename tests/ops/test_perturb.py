@@ -174,9 +174,8 @@ def test_threads_change_nothing():
 
 
 @NO_CPP
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa, monkeypatch):
-    monkeypatch.setenv("LANDSCAPE_FAST_ISA", isa)
+@pytest.mark.usefixtures("isa")
+def test_every_instruction_set():
     given = inputs_of(2, 5001, "cpu", sigma=(5001,))
     check_op(noisy(perturb), noisy(perturb_reference), given, backend="cpp")
 

@@ -110,11 +110,10 @@ def test_boxes(sizes, shared, dtype, device):
     if not shared:
         images.subspace_conv2d_bwd_x(fenced(dy), packed, None, dx, *how, config=BOX)
         assert_as_exact("dx", dx, plain[1], truth[1])
-    wide = [t.float() for t in (dy, x)] if dtype == torch.float32 else [dy, x]
     for splits in (1, 2):
         found = packed.new_full(packed.shape, float("nan"), dtype=torch.float32)
         how_split = {"config": WEIGHT_BOX, "splits": splits}
-        backward.subspace_conv2d_bwd_weight(*wide, found, *how, **how_split)
+        backward.subspace_conv2d_bwd_weight(dy, x, found, *how, **how_split)
         found = found.permute(0, 1, 4, 2, 3)
         assert_as_exact("dweight", found, plain[2].float(), truth[2])
 

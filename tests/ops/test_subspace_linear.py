@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.problem import assert_held, gradients
+from ops.problem import assert_held, gradients, keyword
 
 from landscape_fast.ops import _subspace_linear_plan as plans
 from landscape_fast.ops import _subspace_linear_ways as ways
@@ -17,10 +17,6 @@ from landscape_fast.testing import assert_as_exact, check_hessian, check_op, che
 PAGE = sys.modules[subspace_linear.__module__]
 LAYOUTS = ["member_major", "batch_major", "folded", "shared", "shared batch_major"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def keyword(layout):
-    return layout.removeprefix("shared ") if layout != "shared" else "member_major"
 
 
 def inputs(M, K, B, I, O, layout, device, *, own=False):
@@ -296,9 +292,9 @@ def test_what_is_chosen_has_the_smallest_estimate():
     ):
         for needs in ((False, False), (True, True)):
             problem = plans.Problem(M, B, n, n, K, arch, kind, True, *needs)
-            chosen = plans.choose(problem)
-            assert chosen != plans.MIXED or 0 < K <= plans.MOST_ANCHORS
-            for other in (plans.BMM, plans.FUSED):
+            chosen, mixes = plans.choose(problem), 0 < K <= plans.MOST_ANCHORS
+            assert chosen != plans.MIXED or mixes
+            for other in (plans.BMM, plans.FUSED, *[plans.MIXED] * mixes):
                 assert plans.estimate(problem, chosen) <= plans.estimate(problem, other)
 
 

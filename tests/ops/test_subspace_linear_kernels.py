@@ -5,7 +5,7 @@ The interpreter runs the code that GPUs run, at sizes where all loops, splits an
 
 import pytest
 import torch
-from ops.problem import assert_held
+from ops.problem import assert_held, keyword
 
 pytest.importorskip("triton")
 
@@ -39,7 +39,7 @@ def small(tma=False):
 
 @pytest.fixture(params=["pointers", "descriptors"])
 def mode(request, monkeypatch):
-    """Makes `backend="triton"` take small tiles, in one of three ways; checks that it did."""
+    """Makes `backend="triton"` take small tiles, in one of two ways; checks that it did."""
     tma = request.param == "descriptors"
     described = []
 
@@ -68,8 +68,7 @@ def mode(request, monkeypatch):
 
 
 def check(arguments, layout="member_major", **options):
-    layout = "member_major" if layout == "shared" else layout
-    options = {"layout": layout, "backend": "triton", **options}
+    options = {"layout": keyword(layout), "backend": "triton", **options}
     check_op(subspace_linear, subspace_linear_reference, arguments, **options)
 
 
