@@ -42,7 +42,8 @@ def noisy_labels(
         raise ValueError(f"noisy_labels: fraction must be in [0, 1]; got {fraction}")
     if kind not in KINDS:
         raise ValueError(f"noisy_labels: kind must be one of {KINDS}; got {kind!r}")
-    least = 1 if kind == "including_true" else 2
+    first = 0 if kind == "including_true" else 1  # the least that is drawn
+    least = first + 1
     if classes < least or (len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes):
         got = f"{classes} with labels {int(y.min())} to {int(y.max())}" if len(y) else classes
         raise ValueError(
@@ -51,15 +52,10 @@ def noisy_labels(
     generator = Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     chosen = order[: round(fraction * len(y))].to(y.device)
-    every = torch.empty(len(y), dtype=torch.int64)
-    if kind == "including_true":
-        every.random_(0, classes, generator=generator)
-        drawn = every.to(y.device)[: len(chosen)]
-    else:
-        every.random_(1, classes, generator=generator)
-        drawn = (y[chosen] + every.to(y.device)[: len(chosen)]) % classes
+    every = torch.empty(len(y), dtype=torch.int64).random_(first, classes, generator=generator)
+    drawn = every[: len(chosen)].to(y.device)
     noisy = y.clone()
-    noisy[chosen] = drawn
+    noisy[chosen] = (y[chosen] + drawn) % classes if first else drawn
     return noisy
 
 

@@ -95,18 +95,18 @@ def simplex_heat_map(
     Args:
         weights: [S, 3], the coefficients of each point; they sum to 1 and may be negative outside
             of the triangle. At least three points that are not on one line.
-        values: [S]. Those that are not finite are left out.
+        values: [S]. Those that are not finite have no part in the contours.
         quantity: label of the values, with its unit.
         title: heading of the figure.
         corners: names of the three anchors.
 
     Returns:
         A Figure: filled contours of the interpolated values, the points they come from (a ring
-        around the best one) and the triangle.
+        around that of the largest value) and the triangle.
 
     Raises:
-        ValueError: if shapes disagree, the coefficients of a point do not sum to 1, or no value is
-            finite.
+        ValueError: if shapes disagree, the coefficients of a point do not sum to 1, all points are
+            on one line, or no value is finite.
 
     Source: Wortsman et al. 2021 (arXiv:2102.10472), figure 2.
     """

@@ -183,13 +183,9 @@ class AnchorOptimizer(torch.optim.Optimizer):
             made = AnchorState.zeros(rule, anchors)
             state.update(zip(("step", *self._names[: rule.states]), made, strict=False))
         if rule.states and self._names[0] not in state:  # a scheduler has turned momentum on
-            state[self._names[0]] = torch.zeros_like(anchors, requires_grad=False)
+            state[self._names[0]] = torch.zeros_like(anchors)
         kept = [state[name] for name in self._names[: rule.states]]
         return AnchorState(state["step"], *kept)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._gram = None
 
     def state_dict(self) -> dict:
         """That of torch.optim, and with `cos2` the Gram matrix, whose sums a step orders its way.
@@ -204,6 +200,7 @@ class AnchorOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes what `state_dict` returned; load the subspace before."""
         super().load_state_dict(state_dict)
+        self._gram = None
         for group in self.param_groups:  # torch moves the state alone
             if isinstance(group["lr"], Tensor):
                 group["lr"] = group["lr"].to(self.subspace.anchors.device)

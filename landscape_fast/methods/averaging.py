@@ -98,8 +98,7 @@ def train_swa(
         constant schedule is that of the authors' code, the cyclic one that of the code of Wortsman
         et al. 2021 (arXiv:2102.10472), with a rate for every step where theirs is for an epoch.
     """
-    settings = {"kind": kind, "swa_lr": swa_lr, "collect": collect, "per_epoch": per_epoch}
-    plan = _plan("train_swa", config, settings | {"cycles": cycles})
+    plan = _plan("train_swa", config, kind, swa_lr, collect, per_epoch, cycles)
     return train_with_snapshots(
         "swa",
         build,
@@ -180,8 +179,7 @@ def train_swag(
     op = "train_swag"
     require(whole(samples, 1), op, "samples", "an integer of at least 1", samples)
     require(scale >= 0, op, "scale", "a number of at least 0", scale)
-    settings = {"kind": kind, "swa_lr": swa_lr, "collect": collect, "per_epoch": per_epoch}
-    plan = _plan(op, config, settings | {"cycles": cycles})
+    plan = _plan(op, config, kind, swa_lr, collect, per_epoch, cycles)
     options = {"scale": scale, "low_rank": rank > 0, "block": block}
 
     def make(steps: int, *arguments: Any) -> _GaussianRun:
@@ -253,9 +251,16 @@ class _GaussianRun(SnapshotRun):
         return list(self.swag.ensemble(self.samples, seed, **self.options).members)
 
 
-def _plan(op: str, config: TrainConfig, settings: dict[str, Any]) -> Callable[[int], Plan]:
+def _plan(
+    op: str,
+    config: TrainConfig,
+    kind: str,
+    swa_lr: float,
+    collect: int | None,
+    per_epoch: int,
+    cycles: int,
+) -> Callable[[int], Plan]:
     """Checks what `train_swa` and `train_swag` share; steps per epoch to the plan."""
-    kind, swa_lr, collect, per_epoch, cycles = settings.values()
     require(kind in KINDS, op, "kind", f"one of {tuple(KINDS)}", repr(kind))
     rule = f"{KINDS[kind]!r} with kind {kind!r}"
     require(config.schedule == KINDS[kind], op, "config.schedule", rule, repr(config.schedule))
@@ -266,7 +271,8 @@ def _plan(op: str, config: TrainConfig, settings: dict[str, Any]) -> Callable[[i
     require(whole(collect, 1) and collect <= config.epochs, op, "collect", rule, collect)
     require(whole(per_epoch, 1), op, "per_epoch", "an integer of at least 1", per_epoch)
     require(whole(cycles, 1), op, "cycles", "an integer of at least 1", cycles)
-    settings["collect"], start = collect, config.epochs - collect
+    settings = {"kind": kind, "swa_lr": swa_lr, "collect": collect, "per_epoch": per_epoch}
+    settings["cycles"], start = cycles, config.epochs - collect
     make = _constant if kind == "constant" else _cyclic
     return lambda steps: make(op, config, steps, start, settings)
 

@@ -251,15 +251,15 @@ def curve_statistics(
     K = coeffs.shape[1]
     with torch.no_grad():
         products = gram(curve.mix(torch.eye(K))).cpu()
-    norm, loss = lengths(coeffs, products), found.loss.double().cpu()
+    norm, loss = lengths(coeffs, products), found.loss.double()
     return CurveStatistics(
         t,
         arc_length(coeffs, products),
         norm,
         loss,
         loss + 0.5 * l2 * norm.square(),
-        1 - found.accuracy.double().cpu(),
-        found.logits if keep_logits else None,
+        1 - found.accuracy.double(),
+        found.logits,
     )
 
 

@@ -188,11 +188,16 @@ def _survivors(networks: list[nn.Module], failed: dict[int, Failure]) -> DeepEns
 
 
 def build_member(
-    build: Callable[[], nn.Module], config: TrainConfig, stream: int, device: str | torch.device
+    build: Callable[[], nn.Module],
+    config: TrainConfig,
+    stream: int,
+    device: str | torch.device,
+    index: int = 0,
 ) -> nn.Module:
     """An untrained network whose initial weights come from the seed's stream `stream`.
 
     It is built on the CPU and then moved, so that every device starts from the same weights.
+    `index` numbers the networks of one stream.
     """
-    with isolated_rng(stream_seed(config.seed, stream, "init"), torch.device("cpu")):
+    with isolated_rng(stream_seed(config.seed, stream, "init", index), torch.device("cpu")):
         return build().to(device)

@@ -141,7 +141,7 @@ class TogetherRun(Run):
         finite = finite_members([tensors[name] for name in self.sound], len(self.active))
         held = self._held_losses()
         seconds = (self.seconds + time.perf_counter() - began) / len(self.active)
-        records, keep, place = [], [], 0
+        records, keep = [], []
         for place, m in enumerate(self.active):
             record = {"epoch": epoch + 1, "loss": losses[place] / rows[place]}
             record |= {"accuracy": rights[place] / rows[place], "lr": lr, "seconds": seconds}
@@ -163,7 +163,7 @@ class TogetherRun(Run):
         self._note(epoch, lr, records)
         if len(keep) < len(self.active):
             self._keep(keep)
-        self.last = _copy(self.engine.tensors()) if self.active else {}
+        self.last = {name: t[keep] for name, t in tensors.items()}
         self.sums, self.seconds = self._zero_sums(), 0.0
 
     def _note(self, epoch: int, lr: float, records: list[dict]) -> None:
@@ -228,12 +228,10 @@ class TogetherRun(Run):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.active = list(range(len(self.networks)))
-        if state["active"]:
-            self._keep(state["active"])
+        self._keep(state["active"])  # of all members, which a new run has
+        if self.active:
             self.engine.load(state["engine"])
         set_rng_state(state["rng"], self.device)
-        self.active = list(state["active"])
         self.ended = {m: Ended(*end) for m, end in state["ended"].items()}
         for name in ("last", "best"):
             setattr(self, name, {k: t.to(self.device) for k, t in state[name].items()})

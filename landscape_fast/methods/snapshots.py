@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import Trained, build_member
+from landscape_fast.methods.deep_together import check_network
 from landscape_fast.methods.splits import check_rows
-from landscape_fast.methods.trainer import Run, count_members
+from landscape_fast.methods.trainer import Run
 from landscape_fast.nn.ensemble import DeepEnsemble
 from landscape_fast.nn.statistics import recalibrate_
 from landscape_fast.ops._checks import require, whole
@@ -114,9 +115,7 @@ def train_with_snapshots(
         network = build_member(build, config, r, device)
         where = next(network.parameters()).device
         rows, targets = x.to(where), y.to(where)
-        plain = count_members(network, rows) == 0
-        rule = "a function making a network that maps [B, ...] to [B, C]"
-        require(plain, op, "build", rule, f"{type(network).__name__} with members")
+        check_network(op, network, rows)
         label = method if runs == 1 else f"{method} {r + 1}/{runs}"
         path = None if directory is None else Path(directory) / f"{method}-{r:03d}.pt"
         run = make(steps, network, rows, targets, config, r, label, path, on_step)

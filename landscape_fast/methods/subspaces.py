@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from landscape_fast.methods.anchor_optim import AnchorAdam, AnchorAdamW, AnchorSGD
 from landscape_fast.methods.config import TrainConfig
+from landscape_fast.methods.deep import build_member
 from landscape_fast.methods.optim import make_optimizer
-from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import check_rows
 from landscape_fast.methods.trainer import History, Run, training_seconds
 from landscape_fast.nn.coefficients import Line
@@ -25,7 +25,7 @@ AVERAGES = ("probabilities", "logits")
 
 
 class TrainedSubspace(NamedTuple):
-    """What `train_subspace` returns.
+    """What `train_subspace` and `train_curve` return.
 
     Attributes:
         subspace: in evaluation mode, at its midpoint. Batch norms have no statistics of that point
@@ -104,10 +104,7 @@ def train_subspace(
     require(beta >= 0, op, "beta", "at least 0", beta)
     shared = config.member_batches == "shared"
     require(shared, op, "config.member_batches", "'shared'", repr(config.member_batches))
-    networks = []
-    for k in range(coefficients.anchors):
-        with isolated_rng(stream_seed(config.seed, stream, "init", k), torch.device("cpu")):
-            networks.append(build().to(device))
+    networks = [build_member(build, config, stream, device, k) for k in range(coefficients.anchors)]
     subspace = Subspace(networks[0], networks, coefficients, layerwise=layerwise)
     path = None if directory is None else Path(directory) / f"subspace-{stream:03d}.pt"
     rows, label = (x.to(device), y.to(device)), f"{coefficients}{' layer-wise' * layerwise}"

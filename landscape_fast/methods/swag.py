@@ -36,8 +36,8 @@ class Swag(nn.Module):
     Raises:
         ValueError: for another rank, or a model that is no `FlatLayout`.
 
-    Cost: `collect` reads the network and writes 5 vectors of P elements. Memory: rank + 2 networks,
-        and two vectors in float64.
+    Cost: `collect` changes 4 vectors of P elements (without deviations 3), two of them in float64,
+        by way of 3 new ones. Memory: rank + 2 networks, and two vectors in float64.
 
     Source: Maddox et al. 2019 (arXiv:1902.02476). In the authors' code s multiplies the standard
         deviation where samples are drawn tensor by tensor, the covariance otherwise, and r is the
@@ -198,7 +198,9 @@ class Swag(nn.Module):
                 network.get_parameter(name).copy_(value).requires_grad_(self.trained[name])
         return network if rows is None else recalibrate_(network, rows)
 
-    def ensemble(self, count: int, seed: int, rows: Tensor | None = None, **options: Any):
+    def ensemble(
+        self, count: int, seed: int, rows: Tensor | None = None, **options: Any
+    ) -> DeepEnsemble:
         """A `DeepEnsemble` of `count` samples.
 
         Args:

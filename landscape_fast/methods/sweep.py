@@ -131,7 +131,7 @@ def sweep(
             be batched, or if the checkpoint belongs to another sweep.
 
     Cost: one forward pass over x, and one over `calibration`, per model; memory for M * N * C
-        logits and M * P weights.
+        logits and M * P weights, and for up to 64 MiB of logits that wait for being scored.
 
     Source: the sampled curves and planes of Garipov et al. 2018 (arXiv:1802.10026) and Fort et al.
         2019 (arXiv:1912.02757).
@@ -156,7 +156,7 @@ def sweep(
     y = y.to(models.device)
     # the ends alone would be those of every curve between them
     some = [_given(weights, s, s + 1, models) for s in dict.fromkeys((0, count // 2, count - 1))]
-    models.per_pass = models.choose(count, some[0]) if auto else min(per_pass, count)
+    M = models.choose(count, some[0]) if auto else min(per_pass, count)
     identity = {
         "model": describe_model(model),
         "data": describe_rows(models.x, y),
@@ -175,7 +175,7 @@ def sweep(
     try:
         with deferred_interrupt() as interrupted:
             while record.done < count:
-                stop = min(count, record.done + models.per_pass)
+                stop = min(count, record.done + M)
                 bar.step(stop - record.done)
                 record.add(models.logits(_given(weights, record.done, stop, models)))
                 end = record.done == count or interrupted.is_set()
@@ -264,7 +264,6 @@ class _Models:
                 require(same, op, "calibration", rule, list(calibration.shape))
                 self.rows = calibration.to(self.device)
         self.x = x.to(self.device)
-        self.per_pass = 1
         self.point = torch.zeros(self.layout.P, dtype=self.layout.dtype, device=self.device)
         views = self.layout.views(self.point)
         for name, parameter in self.network.named_parameters():

@@ -119,9 +119,7 @@ class Run:
         self.batches = Batches(x, y, config, stream, self.members)
         self.steps_per_epoch = len(self.batches)
         self.optimizer = self.make_optimizer()
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: self.lr_factor(step)
-        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_factor)
         self.identity = {
             **dataclasses.asdict(config),
             "stream": stream,

@@ -244,8 +244,8 @@ def preresnet(
         classes: number of classes.
         options: those of `ResNet`.
 
-    The first block of a stage has a 1x1 convolution of what enters it as its shortcut; there is no
-    bias but that of the head.
+    A block that changes the shape has a 1x1 convolution of what enters it as its shortcut; no
+    convolution has a bias.
 
     Example:
         >>> sum(p.numel() for p in preresnet(20).parameters())

@@ -45,8 +45,8 @@ def redrawn(model: nn.Module, generator: Generator | None) -> nn.Module:
         resets[name] = reset or getattr(module, "_reset_parameters", None)
     for name, module in model.named_modules():
         owns = next(module.parameters(recurse=False), None) is not None
-        above = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
-        covered = any(resets[outer] for outer in dict.fromkeys([name, *above, ""]))
+        around = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
+        covered = any(resets[outer] for outer in (*around, ""))
         remedy = "pass a list of K networks"
         got = f"{type(module).__name__} {name!r} without it"
         rule = "made of modules with reset_parameters()"

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from landscape_fast.nn import statistics
 from landscape_fast.nn._stacked_loop import MemberStreams
 from landscape_fast.nn.stacked_layers import stand_in
 from landscape_fast.ops._checks import message, require
 
 OP = "StackedEnsemble"
-GUARD = "_statistics_guard"  # the attribute by which norms of one model share a guard
 
 
 def stack(networks: list[nn.Module]) -> tuple[nn.Module, dict[int, Tensor]]:
@@ -103,25 +101,3 @@ def _replace(plain, members, table, made, streams) -> None:
         return
     for child in plain.children():
         _replace(child, members, table, made, streams)
-
-
-def guard_of(networks: list[nn.Module]) -> statistics.StatisticsGuard | None:
-    """A guard like that of their batch norms, if they have one; stale if that of any is."""
-    layers = [layer for network in networks for layer in statistics.batch_norms(network)]
-    found = [vars(layer)[GUARD] for layer in layers if GUARD in vars(layer)]
-    if not found:
-        return None
-    guard = statistics.StatisticsGuard(found[0].mode)
-    guard.stale = any(one.stale for one in found)
-    return guard
-
-
-def take_guard(plain: nn.Module, networks: list[nn.Module]) -> statistics.StatisticsGuard | None:
-    """`guard_of(networks)`, with the hooks of such a guard taken off `plain`."""
-    ours = (statistics._before_forward, statistics._after_forward)
-    for layer in statistics.batch_norms(plain):
-        vars(layer).pop(GUARD, None)
-        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in ours]:
-                del hooks[key]
-    return guard_of(networks)

@@ -200,10 +200,9 @@ class LoopedModule(Holder):
         rows = given[0].shape[0] if given else 0
 
         def split(t: Tensor) -> list[Tensor]:
-            mine = t.ndim and t.shape[0] == rows
-            return (
-                list(t.unflatten(0, (self.members, -1)).unbind(0)) if mine else [t] * self.members
-            )
+            if not t.ndim or t.shape[0] != rows:
+                return [t] * self.members
+            return list(t.unflatten(0, (self.members, -1)).unbind(0))
 
         parts = spread((args, kwargs), split, self.members)
         return gather(self.loop(parts, self.streams), torch.cat)

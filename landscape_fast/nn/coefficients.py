@@ -1,8 +1,9 @@
 """Where a model lies among its anchors: lines, curves, simplexes, averages, Gaussians.
 
-Every function gives coefficients [..., K]; `landscape_fast.ops.combine`, or `Subspace.mix`, makes
-weights of them. What depends on the anchors themselves (planes, principal directions, SLERP) is
-computed from their Gram matrix, in `landscape_fast.nn.geometry`. Everything is differentiable.
+Every function but `filter_normalised`, which makes an anchor, gives coefficients [..., K];
+`landscape_fast.ops.combine`, or `Subspace.mix`, makes weights of them. What depends on the anchors
+themselves (planes, principal directions, SLERP) is computed from their Gram matrix, in
+`landscape_fast.nn.geometry`. Everything is differentiable in the tensors it is given.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ def bezier(t: Tensor, anchors: int) -> Tensor:
         anchors: K of at least 1; the degree is K - 1.
 
     Returns:
-        [..., K], the Bernstein polynomials: positive, with sum 1.
+        [..., K], the Bernstein polynomials: at least 0, with sum 1.
 
     Source: Garipov et al. 2018 (arXiv:1802.10026).
 
@@ -141,7 +142,7 @@ def random_direction(t: Tensor, norm: float | Tensor) -> Tensor:
 
 def mean(count: int, **like) -> Tensor:
     """[K], each 1 / K: the average of K models; SWA of its snapshots, a uniform soup."""
-    _check_count("mean", count)
+    _check_count("mean", count, argument="count")
     return torch.full((count,), 1 / count, **like)
 
 
@@ -154,7 +155,7 @@ def ema(count: int, decay: float, **like) -> Tensor:
         >>> ema(3, 0.5)
         tensor([0.2500, 0.2500, 0.5000])
     """
-    _check_count("ema", count)
+    _check_count("ema", count, argument="count")
     require(0 <= decay < 1, "ema", "decay", "in [0, 1)", decay)
     weights = [decay ** (count - 1)]
     weights += [(1 - decay) * decay ** (count - 1 - i) for i in range(1, count)]
@@ -348,10 +349,10 @@ class Simplex:
         return mean(self.anchors)
 
 
-def _check_count(op: str, anchors: int, least: int = 1) -> None:
-    rule = f"an integer of at least {least}"
-    if not whole(anchors, least):
-        raise ValueError(message(op, "anchors", rule, repr(anchors)))
+def _check_count(op: str, count: int, least: int = 1, argument: str = "anchors") -> None:
+    if not whole(count, least):  # torch.compile cannot trace the repr of a dynamic size
+        rule = f"an integer of at least {least}"
+        raise ValueError(message(op, argument, rule, repr(count)))
 
 
 def _check_concentration(op: str, concentration: float) -> None:

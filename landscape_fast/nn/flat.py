@@ -116,7 +116,7 @@ class FlatLayout:
         if len(vector) == count:
             return self._join(vector.split(self.counts))
         flat = vector.detach().to(self.dtype, copy=True)
-        return flat if count == self.P else flat.masked_fill_(self.mask.to(flat.device) == 0, 0)
+        return flat.masked_fill_(self.mask.to(flat.device) == 0, 0)
 
     @torch.no_grad()
     def _join(self, parts: Sequence[Tensor]) -> Tensor:

@@ -99,7 +99,7 @@ def plane(gram: Tensor, anchors: tuple[int, int, int] = (0, 1, 2)) -> Plane:
     Args:
         gram: [K, K].
         anchors: which three. They must not be on one line, where the second axis has no direction
-            and comes out as NaN.
+            and comes out as NaN or infinite.
 
     Source: the plane figures of Garipov et al. 2018 (arXiv:1802.10026).
 
@@ -153,7 +153,7 @@ def slerp(gram: Tensor, t: Tensor) -> Tensor:
 
     Returns:
         [..., 2]; those of `line` where the anchors are parallel. Between opposite ones no arc is
-        marked out, and the result is infinite or NaN.
+        marked out, and the result is huge or not finite, as rounding has it.
 
     Example:
         >>> slerp(torch.eye(2), torch.tensor(0.5))
@@ -187,6 +187,6 @@ def pca_gaussian(gram: Tensor, z: Tensor, *, scale: str = "unit") -> Tensor:
     values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
     noise = n * torch.finfo(gram.dtype).eps * gram.diagonal().max()
     spread = values > noise
-    lengths_ = torch.where(spread, values, 1).sqrt() if scale == "unit" else math.sqrt(n - 1)
-    shares = z.to(gram.dtype) * spread / lengths_
+    divisors = torch.where(spread, values, 1).sqrt() if scale == "unit" else math.sqrt(n - 1)
+    shares = z.to(gram.dtype) * spread / divisors
     return 1 / n + shares @ (centre @ vectors).T

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from landscape_fast.nn import statistics
-from landscape_fast.nn._stacked_build import assemble, guard_of, stack, take_guard
+from landscape_fast.nn._stacked_build import assemble, stack
 from landscape_fast.nn._stacked_loop import (
     Holder,
     LoopedModule,
@@ -55,10 +55,12 @@ class StackedEnsemble(nn.Module):
         networks: of the same class, settings, shapes, dtype and device; copied, not changed.
             Parametrised modules and those with hooks are run member by member.
         how: "batched"; "loop"; "auto": the loop for one member, on a CPU for networks of
-            convolutions and for those with parts that run member by member anyway, and for
-            networks that cannot be batched (with a warning); batched for all others.
+            convolutions, for those with parts that run member by member anyway and for many rows
+            (`MOST_ROWS`), and for networks that cannot be batched (with a warning); batched for all
+            others.
 
     Raises:
+        TypeError: if one of the networks is no module.
         ValueError: if the networks differ in more than their values, or a parameter is not
             initialised yet; on a call, for input that does not fit, or where "batched" finds that
             the network cannot be.
@@ -83,10 +85,9 @@ class StackedEnsemble(nn.Module):
         self.members, self.how = len(networks), how
         self.streams = MemberStreams()
         plain, table = stack(networks)
-        guard = take_guard(plain, networks)
+        statistics.unguard_(plain)
         self.model = assemble(plain, self.members, table, self.streams)
-        if guard is not None:
-            statistics.statistics_mode_(self.model, guard.mode).stale = guard.stale
+        statistics.guard_like_(self.model, networks)
         self._loop = MemberLoop(plain, self.model)
         convolves = any(isinstance(m, StackedConv) for m in self.model.modules())
         self._slow_on_cpu = convolves or bool(self.looped)
@@ -152,9 +153,7 @@ class StackedEnsemble(nn.Module):
         way = "loop" if self._tried.get(mode) else "batched"
         ok = hooked is None or (way == "batched" and self.how != "loop")
         rule = "without forward hooks, or run batched"
-        require(
-            ok, "StackedEnsemble", f"module {hooked!r}", rule, "how='loop'", "hook the networks"
-        )
+        require(ok, "StackedEnsemble", f"module {hooked!r}", rule, "a loop", "hook the networks")
         return way
 
     def _hooked(self) -> str | None:
@@ -255,8 +254,10 @@ class StackedEnsemble(nn.Module):
         """Gives member m a random stream of its own, from `seeds[m]`; no seeds: none has one.
 
         On a CPU the dropout masks of member m are then those of a run of that network alone after
-        `torch.manual_seed(seeds[m])`. Without streams they come from torch's global generator. The
-        state of the streams, for checkpoints: `stack.streams.state()` and `.load(state)`.
+        `torch.manual_seed(seeds[m])`; batched, behind a module whose result does not lie in memory
+        row by row (attention), the same numbers fall on other elements. Without streams they come
+        from torch's global generator. The state of the streams, for checkpoints:
+        `stack.streams.state()` and `.load(state)`.
         """
         seeds = list(seeds)
         ok = len(seeds) in (0, self.members) and all(whole(seed, 0) for seed in seeds)
@@ -282,9 +283,7 @@ class StackedEnsemble(nn.Module):
                         learned = kind == "_parameters"
                         memo[id(empty)] = Parameter(own, full.requires_grad) if learned else own
         network = copy.deepcopy(self._loop.plain, memo)
-        guard = guard_of([self.model])
-        if guard is not None:
-            statistics.statistics_mode_(network, guard.mode).stale = guard.stale
+        statistics.guard_like_(network, [self.model])
         return network
 
     def networks(self) -> list[nn.Module]:
@@ -312,10 +311,10 @@ def _leaves(nest: Any) -> list[Tensor]:
 
 def _difference(found: Any, truth: Any) -> str:
     """How the results differ by more than rounding, in words; "" if they do not."""
-    pairs = list(zip(_leaves(found), _leaves(truth), strict=False))
-    if len(_leaves(found)) != len(_leaves(truth)):
+    got, want = _leaves(found), _leaves(truth)
+    if len(got) != len(want):
         return "results of another structure"
-    for a, b in pairs:
+    for a, b in zip(got, want, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"a result {list(a.shape)} in place of {list(b.shape)}"
         if not b.is_floating_point():

@@ -42,18 +42,18 @@ class StackedLayer(nn.Module):
     def extra_repr(self) -> str:
         return self._described
 
-    def _affine(self, y: Tensor, dim: int) -> Tensor:
-        """y [M*B, ...] times the weight of its member, plus its bias; their shape starts at `dim`.
+    def _affine(self, y: Tensor, *, last: bool = False) -> Tensor:
+        """y [M*B, ...] times the weight of its member, plus its bias.
 
-        One dimension behind the rows is counted as 1, the last one as -1.
+        Their dimensions are those of y right behind the rows or, with `last`, its last ones.
         """
         y = split_members(y, self.members)
         for name, change in (("weight", torch.mul), ("bias", torch.add)):
             own = getattr(self, name, None)
             if own is not None:
-                front = dim + 1 if dim > 0 else y.ndim + dim - own.ndim + 2
-                ones = (1,) * (front - 1), (1,) * (y.ndim - front - own.ndim + 1)
-                y = change(y, own.view(own.shape[0], *ones[0], *own.shape[1:], *ones[1]))
+                shape, ones = own.shape[1:], (1,) * (y.ndim - own.ndim - 1)
+                shape = (*ones, *shape) if last else (*shape, *ones)
+                y = change(y, own.view(own.shape[0], 1, *shape))
         return y.flatten(0, 1)
 
 
@@ -111,7 +111,7 @@ class StackedGroupNorm(StackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M*B, C, ...] -> the same shape."""
-        return self._affine(F.group_norm(x, self.num_groups, eps=self.eps), 1)
+        return self._affine(F.group_norm(x, self.num_groups, eps=self.eps))
 
 
 class StackedRMSNorm(StackedLayer):
@@ -119,7 +119,7 @@ class StackedRMSNorm(StackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M*B, ..., *normalized_shape] -> the same shape."""
-        return self._affine(F.rms_norm(x, self.normalized_shape, eps=self.eps), -1)
+        return self._affine(F.rms_norm(x, self.normalized_shape, eps=self.eps), last=True)
 
 
 class StackedPReLU(StackedLayer):
@@ -127,7 +127,7 @@ class StackedPReLU(StackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M*B, C, ...] -> the same shape."""
-        return torch.where(x > 0, x, self._affine(x, 1) if x.ndim > 1 else self._rows(x))
+        return torch.where(x > 0, x, self._affine(x) if x.ndim > 1 else self._rows(x))
 
     def _rows(self, x: Tensor) -> Tensor:  # one number per row
         return (split_members(x, self.members) * self.weight).flatten()
@@ -192,7 +192,9 @@ def stand_in(
         layer = _NORMS[kind](plain, members, layout="folded")
         adopt(layer, plain, table)
         return layer
-    special = getattr(plain, "max_norm", None) is not None or getattr(plain, "sparse", False)
-    if kind in _LAYERS and not special and not getattr(plain, "scale_grad_by_freq", False):
+    special = getattr(plain, "max_norm", None) is not None
+    special = special or getattr(plain, "sparse", False)
+    special = special or getattr(plain, "scale_grad_by_freq", False)
+    if kind in _LAYERS and not special:
         return _LAYERS[kind](plain, members, table)
     return looped(plain, members, table, made, streams) if tensors or batch_norm else None

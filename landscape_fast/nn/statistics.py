@@ -6,7 +6,7 @@ a network whose weights are moved about carries a guard: evaluating it with stat
 point is an error that names the three ways out, `MODES`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from landscape_fast.nn._moments import BatchMoments, over_ranks
 from landscape_fast.ops._checks import require, whole
 
 MODES = ("recalibrate", "shared", "batch")
+_GUARD = "_statistics_guard"  # the attribute by which the norms of one model share a guard
 _KEPT = 32  # batches whose moments wait for being merged, so that a batch costs two small copies
 
 
@@ -236,20 +237,38 @@ def statistics_mode_(model: nn.Module, mode: str) -> StatisticsGuard:
     guard = next(iter(_guards(layers)), None) or StatisticsGuard(mode)
     guard.mode = mode
     for layer in layers:
-        if not hasattr(layer, "_statistics_guard"):
+        if not hasattr(layer, _GUARD):
             layer.register_forward_pre_hook(_before_forward)
             layer.register_forward_hook(_after_forward, always_call=True)
-        layer._statistics_guard = guard
+        setattr(layer, _GUARD, guard)
     return guard
 
 
+def guard_like_(model: nn.Module, networks: Sequence[nn.Module]) -> None:
+    """A guard for `model` like that of `networks`, if they have one; stale if that of any is."""
+    found = _guards([layer for network in networks for layer in batch_norms(network)])
+    if found:
+        stale = any(guard.stale for guard in found)
+        statistics_mode_(model, found[0].mode).stale = stale
+
+
+def unguard_(model: nn.Module) -> None:
+    """Takes the guard, and its hooks, off the batch norms of `model`."""
+    ours = _before_forward, _after_forward
+    for layer in batch_norms(model):
+        vars(layer).pop(_GUARD, None)
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                del hooks[key]
+
+
 def _guards(layers: list[_BatchNorm]) -> list[StatisticsGuard]:
-    found = [getattr(layer, "_statistics_guard", None) for layer in layers]
+    found = [getattr(layer, _GUARD, None) for layer in layers]
     return [guard for guard in dict.fromkeys(found) if guard is not None]
 
 
 def _before_forward(layer: _BatchNorm, arguments: tuple) -> None:
-    guard = layer._statistics_guard
+    guard = getattr(layer, _GUARD)
     if layer.training:
         return
     if guard.mode == "batch":  # without running statistics, a norm takes those of the batch

@@ -10,7 +10,6 @@ from torch.func import functional_call
 
 from landscape_fast.nn import statistics as norm_statistics
 from landscape_fast.nn._anchors import start_anchors
-from landscape_fast.nn._stacked_build import take_guard
 from landscape_fast.nn.flat import FlatLayout, Source
 from landscape_fast.nn.stacked import StackedEnsemble
 from landscape_fast.ops._checks import LOW, message, require
@@ -135,10 +134,9 @@ class Subspace(nn.Module):
         object.__setattr__(self, "_bound", self.anchors)
         self.point = rows.new_zeros(self.layout.P)
         self.point_grad = torch.zeros_like(self.point)
-        named = self.model.named_parameters()
-        self._frozen = [name for name, p in named if not p.requires_grad]
         grads = self.layout.views(self.point_grad)
         before, after = dict(self.model.named_parameters()), {}
+        self._frozen = [name for name, p in before.items() if not p.requires_grad]
         for name, view in self.layout.views(self.point).items():
             wanted = before[name].requires_grad
             after[id(before[name])] = nn.Parameter(view, requires_grad=wanted)
@@ -282,7 +280,8 @@ class Subspace(nn.Module):
         if free and not (torch.compiler.is_compiling() or transforming()):
             if self._stack is None or self._stack.members != len(weights):
                 plain = copy.deepcopy(self.model)
-                take_guard(plain, [])  # it is for evaluation, and hooks stand in the way of a loop
+                # the guard is for evaluation, and hooks stand in the way of a loop
+                norm_statistics.unguard_(plain)
                 object.__setattr__(self, "_stack", StackedEnsemble.like(plain, len(weights)))
             if self._stack.train().runs(x) == "batched":
                 return self._stack.run(self._views(weights), x)

@@ -31,8 +31,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]
         row = {"method": method, "members": sum(run["members"] for run in own) / len(own)}
-        for key in ("accuracy", "nll", "brier", "ece", "member_nll", "disagreement"):
-            row[key], row[f"{key}_se"] = mean_se([run[key] for run in own])
+        row |= means(own, ("accuracy", "nll", "brier", "ece", "member_nll", "disagreement"))
         differences = [run["nll"] - other for run, other in zip(own, deep, strict=True)]
         row["nll_to_deep"], row["nll_to_deep_se"] = mean_se(differences)
         row["parameters"] = sum(run["parameters"] for run in own) / len(own)
@@ -49,6 +48,14 @@ def mean_se(values: Sequence[float | None]) -> tuple[float | None, float | None]
     if n < 2:
         return mean, None
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def means(rows: Sequence[dict[str, Any]], keys: Iterable[str]) -> dict[str, float | None]:
+    """The mean of each key over the rows and its standard error, under key and key_se."""
+    found = {}
+    for key in keys:
+        found[key], found[f"{key}_se"] = mean_se([row[key] for row in rows])
+    return found
 
 
 def make_notes(runs: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[str]:

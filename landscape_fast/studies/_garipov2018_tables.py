@@ -5,8 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from landscape_fast.studies._criteria import CRITERIA, criterion
-from landscape_fast.studies._folds import mean_se, with_errors
-from landscape_fast.studies.report import format_table, to_csv, write_results, write_texts
+from landscape_fast.studies._folds import means, with_errors
+from landscape_fast.studies.report import (
+    format_table,
+    save_figures,
+    to_csv,
+    write_results,
+    write_texts,
+)
 
 METHODS = (
     ("method", "method", "{}"),
@@ -42,20 +48,16 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for method, budget in dict.fromkeys((run["method"], run["budget"]) for run in runs):
         own = [run for run in runs if (run["method"], run["budget"]) == (method, budget)]
         row = {"method": method, "budget": budget, "members": own[0]["members"]}
-        for key in ("error", "nll", "brier", "ece", "member_error"):
-            row[key], row[f"{key}_se"] = mean_se([run[key] for run in own])
-        row["seconds"] = sum(run["seconds"] for run in own) / len(own)
-        rows.append(row)
+        row |= means(own, ("error", "nll", "brier", "ece", "member_error"))
+        rows.append(row | {"seconds": sum(run["seconds"] for run in own) / len(own)})
     return rows
 
 
 def _mean_paths(paths: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(path["path"] for path in paths):
-        own, row = [path for path in paths if path["path"] == name], {"path": name}
-        for key, _, _ in PATHS[1:]:
-            row[key], row[f"{key}_se"] = mean_se([path[key] for path in own])
-        rows.append(row)
+        own = [path for path in paths if path["path"] == name]
+        rows.append({"path": name} | means(own, [key for key, _, _ in PATHS[1:]]))
     return rows
 
 
@@ -138,7 +140,7 @@ def write(directory: Path, document: dict[str, Any]) -> None:
     texts["results.md"] = _markdown(document)
     write_texts(directory, texts)
     try:
-        _figure(document).savefig(directory / "paths.png", dpi=150)
+        save_figures(directory, {"paths": _figure(document)})
     except ImportError:
         return  # matplotlib is an option
 

@@ -183,7 +183,7 @@ class Lab:
                 }
             )
         self.add(f"{name}, midpoint", logits[S // 2][None], seconds)
-        # the two fifths nearest to 0.2 and 0.8
+        # the positions nearest to 0.2 and 0.8
         low = round(0.2 * (S - 1))
         self.add(f"{name}, 0.2 and 0.8", logits[[low, S - 1 - low]], seconds)
         self.facts[f"{name}: cos2"] = self.cosine(subspace)

@@ -17,12 +17,11 @@ from landscape_fast.nn.coefficients import Bezier, Line, PolyChain, Simplex
 from landscape_fast.nn.statistics import batch_norms
 from landscape_fast.nn.subspace import Subspace
 from landscape_fast.studies.presets import EVALUATION_ROWS
-from landscape_fast.studies.subspace_runs import Found, Job, error_note
+from landscape_fast.studies.subspace_runs import Found, Job, error_note, panels
 
 KINDS = {"simplex": Simplex, "bezier": Bezier, "polychain": PolyChain}
 CALIBRATION = 10_000  # training rows, at most, on which batch norms take their statistics
 STEPS = 6  # of a side of the triangle; one more of them is measured outside
-ERROR, LOSS = "test error (%)", "test NLL (nats)"
 
 
 def run_subspace(job: Job) -> Found:
@@ -65,7 +64,7 @@ def _along_line(job: Job, found: Found, subspace: Subspace) -> None:
     ]
     paths = {"one network": single, "ensemble of t and 1 - t": pairs}
     title = f"{job.dataset.name}: along the {job.args.kind}"
-    found.figures["path"] = partial(path_plots.path_panels, _panels(t, paths), title=title)
+    found.figures["path"] = partial(path_plots.path_panels, panels(t, paths), title=title)
 
 
 def _in_triangle(job: Job, found: Found, subspace: Subspace) -> None:
@@ -102,12 +101,8 @@ def run_curve(job: Job) -> Found:
     start, end = ends.model.members
     options.pop("device")
     settings = {"kind": args.kind, "bends": args.bends}
-    bent = replace(
-        config,
-        epochs=args.curve_epochs or config.epochs,
-        lr=args.curve_lr or config.lr,
-        warmup_epochs=0.0,
-    )
+    epochs, lr = args.curve_epochs or config.epochs, args.curve_lr or config.lr
+    bent = replace(config, epochs=epochs, lr=lr)
     train = [rows.to(job.device) for rows in job.rows()]
     trained = train_curve(start, end, *train, bent, **settings, **options)
     t = torch.linspace(0, 1, args.points)
@@ -152,9 +147,9 @@ def run_curve(job: Job) -> Found:
         for name, path in [*paths.items(), (f"{args.kind}, with t = 0", pairs)]
         for at, row in zip(t.tolist(), path, strict=True)
     ]
-    panels = _panels(t, {**paths, "ensemble of t = 0 and t": pairs})
+    quantities = panels(t, {**paths, "ensemble of t = 0 and t": pairs})
     title = f"{job.dataset.name}: between two networks"
-    found.figures["path"] = partial(path_plots.path_panels, panels, title=title)
+    found.figures["path"] = partial(path_plots.path_panels, quantities, title=title)
     return found
 
 
@@ -181,16 +176,6 @@ def measure(job: Job, name: str, subspace: Subspace, coeffs: Tensor) -> Tensor:
         progress=not job.args.quiet,
     )
     return found.logits
-
-
-def _panels(t: Tensor, paths: dict[str, list[dict[str, Any]]]) -> dict:
-    error = {
-        name: (t, [100 * (1 - row["accuracy"]) for row in rows]) for name, rows in paths.items()
-    }
-    return {
-        ERROR: error,
-        LOSS: {name: (t, [r["nll"] for r in rows]) for name, rows in paths.items()},
-    }
 
 
 def _worst(name: str, path: list[dict[str, Any]]) -> dict[str, Any]:

@@ -203,11 +203,15 @@ def write_figures(directory: Path, results: dict[str, Result], dataset: Dataset)
         figures["accuracy_diversity"] = plots.accuracy_diversity(
             points, len(dataset.classes), f"{dataset.name}: accuracy against diversity"
         )
+    return save_figures(directory, figures)
+
+
+def save_figures(directory: Path, figures: Mapping[str, Any]) -> list[Path]:
+    """Writes each matplotlib figure to the PNG file of its name; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(directory / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150)
+    paths = [directory / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=150)
     return paths
 
 

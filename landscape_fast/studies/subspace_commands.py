@@ -11,10 +11,9 @@ from landscape_fast.studies.commands import PROGRAM, claim_folder, prepared, say
 
 def subspace(args: Namespace) -> int:
     """A subspace of networks, trained in one run and measured along it."""
-    fixed = {"line": 2, "simplex": 3, "bezier": 3, "polychain": 3}[args.kind]
-    if args.anchors not in (None, fixed) and args.kind == "line":
+    if args.kind == "line" and args.anchors not in (None, 2):
         args.usage_error(f"argument --anchors: must be 2 with --kind line; got {args.anchors}")
-    args.anchors = args.anchors or fixed
+    args.anchors = args.anchors or (2 if args.kind == "line" else 3)
     if args.anchors < 2:
         args.usage_error(f"argument --anchors: must be at least 2; got {args.anchors}")
     _check_points(args)
@@ -71,11 +70,9 @@ def _run(args: Namespace, module: str, name: str) -> int:
             texts[f"{name}.csv"] = report.to_csv(rows)
         written = report.write_texts(args.out, texts)
         try:
-            for name, draw in found.figures.items():
-                written.append(args.out / f"{name}.png")
-                draw().savefig(written[-1], dpi=150)
+            figures = {name: draw() for name, draw in found.figures.items()}
+            written += report.save_figures(args.out, figures)
         except ImportError as error:
-            written.pop()
             say(f"{PROGRAM} {args.command}: no figures: {error}")
     if args.json:
         print(report.to_json(document), end="")

@@ -1,12 +1,11 @@
 """Training and measuring for `landscape-fast fge|swag`, and what all such commands find."""
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from landscape_fast.data import Dataset
@@ -33,6 +32,7 @@ COLUMNS = (
     ("brier", "Brier", "{:.4f}"),
     ("ece", "ECE", "{:.2%}"),
 )
+ERROR, LOSS = "test error (%)", "test NLL (nats)"  # labels of axes
 
 
 class Job(NamedTuple):
@@ -131,7 +131,8 @@ def run_fge(job: Job) -> Found:
     logits = job.logits(trained.model)
     each = [job.row(f"epoch {epoch:g}", one[None]) for epoch, one in zip(at, logits, strict=True)]
     growing = [job.row(f"first {k}", logits[:k]) for k in range(1, len(logits) + 1)]
-    vectors = _vectors(trained.model.members)
+    networks = trained.model.members
+    vectors = FlatLayout(networks[0]).flatten_many(networks).double()
     apart = (vectors[1:] - vectors[:-1]).norm(dim=1)
     collected = [
         {**row, "epoch": epoch, "ensemble_accuracy": so_far["accuracy"], "distance": gap}
@@ -185,15 +186,10 @@ def run_swag(job: Job) -> Found:
     ]
 
     def draw():
-        error, loss = "test error (%)", "test NLL (nats)"
-        ensemble = [100 * (1 - row["accuracy"]) for row in growing]
-        panels = {
-            error: {"samples (SWAG)": (sizes, ensemble)},
-            loss: {"samples (SWAG)": (sizes, [row["nll"] for row in growing])},
-        }
-        levels = {error: 100 * (1 - rows[0]["accuracy"]), loss: rows[0]["nll"]}
+        quantities = panels(sizes, {"samples (SWAG)": growing})
+        levels = {ERROR: 100 * (1 - rows[0]["accuracy"]), LOSS: rows[0]["nll"]}
         title = f"{job.dataset.name}: SWAG, scale {args.scale:g}"
-        return path_plots.path_panels(panels, "samples", title, levels, "mean (SWA)")
+        return path_plots.path_panels(quantities, "samples", title, levels, "mean (SWA)")
 
     return Found(
         settings, rows, notes, trained.histories, tables={"samples": growing},
@@ -201,10 +197,15 @@ def run_swag(job: Job) -> Found:
     )  # fmt: skip
 
 
-def _vectors(networks: Sequence[nn.Module]) -> Tensor:
-    """[S, P] in float64."""
-    layout = FlatLayout(networks[0])
-    return torch.stack([layout.flatten(network).double() for network in networks])
+def panels(positions: Sequence[float], paths: Mapping[str, Sequence[dict[str, Any]]]) -> dict:
+    """Test error and NLL of the rows of each path at the positions, for `path_panels`."""
+    return {
+        ERROR: {
+            name: (positions, [100 * (1 - row["accuracy"]) for row in rows])
+            for name, rows in paths.items()
+        },
+        LOSS: {name: (positions, [row["nll"] for row in rows]) for name, rows in paths.items()},
+    }
 
 
 def error_note(job: Job, rows: Sequence[dict[str, Any]]) -> str:

@@ -21,9 +21,16 @@ from landscape_fast.data import Dataset, cifar10, digits
 from landscape_fast.methods import TrainConfig
 from landscape_fast.ops._checks import require
 from landscape_fast.studies._criteria import CRITERIA, criterion
-from landscape_fast.studies._folds import as_text, mean_se, with_errors
+from landscape_fast.studies._folds import as_text, means, with_errors
 from landscape_fast.studies._wortsman_runs import Lab, Settings
-from landscape_fast.studies.report import format_table, to_csv, write_results, write_texts
+from landscape_fast.studies.report import (
+    accuracy_note,
+    format_table,
+    save_figures,
+    to_csv,
+    write_results,
+    write_texts,
+)
 
 __all__ = ["SIZES", "Settings", "describe", "run"]
 
@@ -132,13 +139,12 @@ def run(
         },
     }
     best = max(row["accuracy"] for row in document["rows"])
-    error = (best * (1 - best) / len(dataset.test_y)) ** 0.5
     document["criteria"] = judge(labs)
     document["notes"] = [
         f"mean over {settings.seeds} seeds and its standard error; {len(dataset.train_y):,} "
-        f"training and {len(dataset.test_y):,} test rows, on which the standard error of an "
-        f"accuracy of {best:.2%} is {error:.2%}; seconds: training of one seed",
-        "a criterion passes if it holds for every seed, and fails if for none",
+        "training rows; seconds: training of one seed",
+        accuracy_note(len(dataset.test_y), best),
+        "a criterion passes if it holds for every seed that can tell, and fails if for none",
         *told(labs),
     ]
     if out is not None:
@@ -184,9 +190,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(run["network"] for run in runs):
         own = [run for run in runs if run["network"] == name]
-        row = {"network": name, "members": own[0]["members"]}
-        for key in _FORMS:
-            row[key], row[f"{key}_se"] = mean_se([run[key] for run in own])
+        row = {"network": name, "members": own[0]["members"], **means(own, _FORMS)}
         rows.append(row | {"seconds": sum(run["seconds"] for run in own) / len(own)})
     return rows
 
@@ -277,18 +281,15 @@ def describe(document: dict[str, Any]) -> str:
     return "\n\n".join([table, format_table(document["criteria"], CRITERIA)])
 
 
-def write(out: Path, document: dict[str, Any]) -> list[Path]:
+def write(out: Path, document: dict[str, Any]) -> None:
     """All files of the study; figures only where matplotlib is."""
-    written = write_results(out, document)
+    write_results(out, document)
     tables = ("runs", "paths", "triangle", "criteria")
-    written += write_texts(out, {f"{name}.csv": to_csv(document[name]) for name in tables})
-    for name, draw in figures(document).items():
-        try:
-            draw().savefig(out / f"{name}.png", dpi=150)
-        except ImportError:
-            return written
-        written.append(out / f"{name}.png")
-    return written
+    write_texts(out, {f"{name}.csv": to_csv(document[name]) for name in tables})
+    try:
+        save_figures(out, {name: draw() for name, draw in figures(document).items()})
+    except ImportError:
+        return  # matplotlib is an option
 
 
 def figures(document: dict[str, Any]) -> dict[str, Callable]:

@@ -348,7 +348,7 @@ def test_wrong_arguments_of_the_parts_are_refused():
         LangevinSGD(w, lr=0.1).set_noise(-1.0, 0)
 
 
-def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     TRAIN["fge"](plain, directory=tmp_path)
     with pytest.raises(ValueError, match=r"got fge_epochs 5 \(now 4\) in .*fge-000\.pt"):
         train_fge(

@@ -10,10 +10,10 @@ from methods.test_deep_together import (
     assert_close,
     assert_same,
     double,
-    interrupt_after,
     problem,
     train,
 )
+from methods.test_resume import interrupt_after
 from torch import nn
 
 from landscape_fast.methods import TrainingInterrupted, predict, train_deep_ensemble

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-import signal
 
 import pytest
 import torch
 from methods.problem import CONFIG, MEMBERS, ROWS, STEPS, plain, rows
+from methods.test_resume import interrupt_after, numbers
 from torch import nn
 
 from landscape_fast.methods import TrainingInterrupted, fit, predict, train_deep_ensemble
@@ -57,10 +57,6 @@ def assert_same(trained, expected):
         assert torch.equal(trained.model.state_dict()[name], value), name
     assert numbers(trained.histories) == numbers(expected.histories)
     assert trained.failed.keys() == expected.failed.keys()
-
-
-def numbers(histories):
-    return [[{k: v for k, v in e.items() if k != "seconds"} for e in h] for h in histories]
 
 
 def train(build=double, config=CONFIG, members=MEMBERS, **options):
@@ -260,17 +256,6 @@ def test_a_fraction_is_held_out():
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
-
-
-def interrupt_after(steps):
-    done = []
-
-    def on_step(_):
-        done.append(1)
-        if len(done) == steps:
-            signal.raise_signal(signal.SIGINT)
-
-    return on_step
 
 
 CASES = {

@@ -1,12 +1,12 @@
 """Training a subspace against a loop in plain PyTorch, and what is taken from it afterwards."""
 
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from methods.problem import CONFIG, ROWS, STEPS, plain, rows
+from methods.test_resume import interrupt_after, pictures
 from torch import nn
 from torch.func import functional_call
 
@@ -29,10 +29,6 @@ SGD = replace(CONFIG, optimizer="sgd", lr=0.05)
 def smooth():
     """Without dropout, whose masks would be drawn between the points."""
     return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
-
-
-def pictures():
-    return rows()[0].repeat(1, 32).view(-1, 1, 8, 8), rows()[1]
 
 
 def residual():
@@ -171,13 +167,8 @@ def test_resumed_runs_are_the_same_to_the_bit(settings, optimizer, tmp_path):
     steps = config.epochs * STEPS // CONFIG.epochs
     for stop in (1, steps - 2):
         folder = tmp_path / str(stop)
-
-        def press(step, stop=stop):
-            if step == stop:
-                signal.raise_signal(signal.SIGINT)
-
         with pytest.raises(TrainingInterrupted):
-            train(directory=folder, on_step=press)
+            train(directory=folder, on_step=interrupt_after(stop))
         done = train(directory=folder, resume=True)
         for name, value in expected.subspace.state_dict().items():
             assert torch.equal(done.subspace.state_dict()[name], value), name

@@ -1,17 +1,15 @@
 """The residual networks of Wortsman et al. and Garipov et al.: their sizes, and bottlenecks."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
+from models.networks import B, M, count, normal_factories, with_statistics
 from torch import nn
 
 from landscape_fast.models import ResNet, cresnet20, preresnet, resnet20
-from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, ensemble_layers
+from landscape_fast.nn import ensemble_layers
 from landscape_fast.testing import check_layer
 
-M, B = 3, 4
 IMAGE = (2, 8, 8)
 ORDERS = {
     "pre": {"order": "pre", "shortcut": "conv_input"},
@@ -22,22 +20,6 @@ ORDERS = {
 def small(order, blocks=2, **options):
     options = {"block": "bottleneck", "blocks": blocks, **ORDERS[order], **options}
     return ResNet(IMAGE, 5, width=1, **options)
-
-
-def with_statistics(net):
-    """`net` in evaluation mode, with norms that do something."""
-    torch.manual_seed(0)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            for values in (layer.weight.data, layer.running_var):
-                values.copy_(1 + 0.5 * torch.rand(values.shape))
-            for values in (layer.bias.data, layer.running_mean):
-                values.copy_(0.3 * torch.randn(values.shape))
-    return net.eval()
-
-
-def count(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def bottleneck(inputs, inner):
@@ -110,10 +92,7 @@ def test_bottlenecks_are_their_definition(order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_member_is_a_plain_network(order):
-    factories = {
-        "conv": partial(BatchEnsembleConv2d, members=M, r_init="normal", s_init="normal"),
-        "linear": partial(BatchEnsembleLinear, members=M, r_init="normal", s_init="normal"),
-    }
+    factories = normal_factories()
     net = with_statistics(small(order, **factories, dtype=torch.float64, head_bias=False))
     x = torch.randn(B, *IMAGE, dtype=torch.float64)
     y = net(x)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from models.networks import B, M, count, factories, normal_factories, with_statistics
 from torch import nn
 
 from landscape_fast.data import digits
@@ -25,7 +26,6 @@ from landscape_fast.nn import (
 )
 from landscape_fast.testing import check_layer
 
-M, B = 3, 4
 IMAGE = (2, 8, 8)
 VARIANTS = {
     "resnet": {},
@@ -38,32 +38,8 @@ VARIANTS = {
 }
 
 
-def factories(**options):
-    options = {"r_init": "normal", "s_init": "normal", **options}
-    return {
-        "conv": partial(BatchEnsembleConv2d, members=M, **options),
-        "linear": partial(BatchEnsembleLinear, members=M, **options),
-    }
-
-
 def small(variant, blocks=2, **options):
     return ResNet(IMAGE, classes=5, blocks=blocks, width=1, **VARIANTS[variant], **options)
-
-
-def with_statistics(net, seed=0):
-    """`net` in evaluation mode, with norms that do something; like-named ones the same."""
-    torch.manual_seed(seed)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            for values in (layer.weight.data, layer.running_var):
-                values.copy_(1 + 0.5 * torch.rand(values.shape))
-            for values in (layer.bias.data, layer.running_mean):
-                values.copy_(0.3 * torch.randn(values.shape))
-    return net.eval()
-
-
-def count(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def test_published_sizes():
@@ -137,7 +113,7 @@ def test_the_network_is_its_definition(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_member_is_a_plain_network(variant):
     """With the merged weights of every layer, for a shared batch and for one batch per member."""
-    net = with_statistics(small(variant, **factories(), dtype=torch.float64))
+    net = with_statistics(small(variant, **normal_factories(), dtype=torch.float64))
     own = torch.randn(M, B, *IMAGE, dtype=torch.float64)
     y_shared, y_own = net(own[0]), net(own)
     assert y_shared.shape == y_own.shape == (M, B, 5)
@@ -152,7 +128,7 @@ def test_each_member_is_a_plain_network(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_layer_comes_from_its_factory(variant):
     """The shortcut, too: with a plain one, members would share a branch that is not theirs."""
-    net = small(variant, **factories())
+    net = small(variant, **normal_factories())
     kinds = {name: type(layer) for name, layer in net.named_modules() if not layer._modules}
     assert nn.Conv2d not in kinds.values() and nn.Linear not in kinds.values()
     convs = [name for name, kind in kinds.items() if kind is BatchEnsembleConv2d]
@@ -164,7 +140,7 @@ def test_every_layer_comes_from_its_factory(variant):
 @pytest.mark.parametrize("variant", ["resnet", "wide_norm"])
 def test_with_norms_of_its_own_a_member_trains_as_a_plain_network(variant):
     """In training mode, too: nothing is shared but the weights."""
-    members = factories() | {"norm": partial(EnsembleBatchNorm2d, members=M)}
+    members = normal_factories() | {"norm": partial(EnsembleBatchNorm2d, members=M)}
     net = small(variant, **members, dtype=torch.float64).train()
     x = torch.randn(B, *IMAGE, dtype=torch.float64)
     plain = [extract_member(net, m) for m in range(M)]
@@ -177,7 +153,7 @@ def test_with_norms_of_its_own_a_member_trains_as_a_plain_network(variant):
 
 @pytest.mark.parametrize("variant", ["pad", "wide"])
 def test_it_comes_apart_into_a_deep_ensemble(variant):
-    net = with_statistics(small(variant, **factories(), dtype=torch.float64))
+    net = with_statistics(small(variant, **normal_factories(), dtype=torch.float64))
     x = torch.randn(B, *IMAGE, dtype=torch.float64)
     torch.testing.assert_close(to_deep_ensemble(net)(x), net(x))
 
@@ -189,7 +165,7 @@ def test_hyper_batch_layers_fit_in_as_well(variant):
              "linear": partial(HyperBatchLinear, members=M)}  # fmt: skip
     net = with_statistics(small(variant, **hyper, dtype=torch.float64))
     model = HyperBatchNetwork(net, lower=0.1, upper=100.0).double()
-    batch = with_statistics(small(variant, **factories(), dtype=torch.float64))
+    batch = with_statistics(small(variant, **normal_factories(), dtype=torch.float64))
     for name, layer in ensemble_layers(batch).items():
         values = {key: layer.state_dict()[key] for key in ("weight", "r", "s")}
         net.get_submodule(name).load_state_dict(values, strict=False)
@@ -204,7 +180,7 @@ def test_hyper_batch_layers_fit_in_as_well(variant):
 
 
 def test_a_shared_norm_sees_the_rows_of_all_members():
-    net = small("resnet", **factories(), dtype=torch.float64).train()
+    net = small("resnet", **normal_factories(), dtype=torch.float64).train()
     x = torch.randn(B, *IMAGE, dtype=torch.float64)
     net(x)
     rows = net.stem(x).flatten(0, 1)
@@ -222,7 +198,7 @@ def test_contract(variant, members, device):
 
 
 def test_the_first_layer_gets_the_shared_batch_itself():
-    net = small("resnet", **factories())
+    net = small("resnet", **normal_factories())
     seen = []
     net.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x = torch.randn(B, *IMAGE)
@@ -232,7 +208,7 @@ def test_the_first_layer_gets_the_shared_batch_itself():
 
 def test_between_the_layers_members_are_views():
     """What a layer with members returns is what the next one reads, unless a norm is between."""
-    net = small("wide", **factories()).eval()
+    net = small("wide", **normal_factories()).eval()
     out, into = [], []
     net.stem.register_forward_hook(lambda _, inputs, y: out.append(y))
     net.blocks[0].norm1.register_forward_pre_hook(lambda _, inputs: into.append(inputs[0]))
@@ -244,7 +220,7 @@ def test_between_the_layers_members_are_views():
 
 @pytest.mark.parametrize("variant", ["resnet", "wide"])
 def test_channels_last_is_kept(variant):
-    net = small(variant, **factories()).to(memory_format=torch.channels_last).eval()
+    net = small(variant, **normal_factories()).to(memory_format=torch.channels_last).eval()
     seen = []
     for layer in ensemble_layers(net).values():
         if isinstance(layer, BatchEnsembleConv2d):
@@ -257,7 +233,7 @@ def test_channels_last_is_kept(variant):
 def test_a_converted_network_is_the_one_from_factories(variant):
     """Folded, with the whole batch copied per member in front; and member by member, without."""
     x = torch.randn(B, *IMAGE, dtype=torch.float64)
-    expected = with_statistics(small(variant, **factories(), dtype=torch.float64))
+    expected = with_statistics(small(variant, **normal_factories(), dtype=torch.float64))
     for layout in ("member_major", "folded"):
         net = convert_(small(variant, dtype=torch.float64), M, layout=layout)
         with_statistics(net).load_state_dict(expected.state_dict())
@@ -286,7 +262,7 @@ def test_members_may_begin_anywhere(variant, names):
 
 def test_it_starts_by_he_and_from_one_generator():
     one, two, other = (
-        resnet20(generator=torch.Generator().manual_seed(seed), **factories()).state_dict()
+        resnet20(generator=torch.Generator().manual_seed(seed), **normal_factories()).state_dict()
         for seed in (0, 0, 1)
     )
     drawn = [k for k in one if k.endswith((".weight", ".r", ".s")) and "norm" not in k]
@@ -325,7 +301,8 @@ def test_members_learn_real_digits(variant):
     pytest.importorskip("sklearn")
     torch.manual_seed(0)
     data = digits()
-    net = ResNet((1, 8, 8), blocks=1, **VARIANTS[variant], **factories(r_init="random_sign"))
+    members = factories(r_init="random_sign", s_init="normal")
+    net = ResNet((1, 8, 8), blocks=1, **VARIANTS[variant], **members)
     optimiser = torch.optim.Adam(net.parameters(), 1e-2)
     for step in range(30):
         batch = slice(step * 64 % 1408, step * 64 % 1408 + 64)

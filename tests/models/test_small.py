@@ -5,30 +5,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from models.networks import B, M, count, factories
 from torch import nn
 
 from landscape_fast.data import digits
 from landscape_fast.models import MLP, LeNet, MediumCNN, SmallCNN
-from landscape_fast.nn import (
-    BatchEnsembleConv2d,
-    BatchEnsembleLinear,
-    MemberLinear,
-    ensemble_layers,
-)
+from landscape_fast.nn import MemberLinear, ensemble_layers
 from landscape_fast.testing import check_layer
-
-M, B = 3, 4
-
-
-def factories(**options):
-    return {
-        "conv": partial(BatchEnsembleConv2d, members=M, **options),
-        "linear": partial(BatchEnsembleLinear, members=M, **options),
-    }
-
-
-def count(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def test_parameter_counts():

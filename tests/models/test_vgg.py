@@ -5,19 +5,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from models.networks import B, M, count, normal_factories
 from torch import nn
 
 from landscape_fast.models import VGG, vgg16, vgg19
-from landscape_fast.nn import (
-    BatchEnsembleConv2d,
-    BatchEnsembleLinear,
-    EnsembleBatchNorm2d,
-    ensemble_layers,
-    extract_member,
-)
+from landscape_fast.nn import EnsembleBatchNorm2d, ensemble_layers, extract_member
 from landscape_fast.testing import check_layer
 
-M, B = 3, 4
 IMAGE = (2, 7, 8)  # an odd side
 
 
@@ -25,22 +19,12 @@ def small(**options):
     return VGG(IMAGE, 5, stages=((6, 4), (8,)), hidden=(16, 12), **options)
 
 
-def factories():
-    return {
-        "conv": partial(BatchEnsembleConv2d, members=M, r_init="normal", s_init="normal"),
-        "linear": partial(BatchEnsembleLinear, members=M, r_init="normal", s_init="normal"),
-    }
-
-
-def count(net):
-    return sum(p.numel() for p in net.parameters())
-
-
 def test_published_sizes():
     assert count(vgg16(device="meta")) == 15_245_130
     assert count(vgg16(classes=100, device="meta")) == 15_245_130 + 90 * 513
     normed = vgg16(device="meta", norm=nn.BatchNorm2d)
     assert count(normed) == 15_245_130 + 2 * (2 * 64 + 2 * 128 + 3 * 256 + 6 * 512)
+    assert count(vgg19(device="meta")) == 20_554_826
     layers = [m for m in vgg19(device="meta").modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(layers) == 19
     pair = vgg16(device="meta")
@@ -68,7 +52,7 @@ def test_the_network_is_its_definition(normed):
 
 
 def test_each_member_is_a_plain_network():
-    net = small(**factories(), dtype=torch.float64).eval()
+    net = small(**normal_factories(), dtype=torch.float64).eval()
     own = torch.randn(M, B, *IMAGE, dtype=torch.float64)
     y_shared, y_own = net(own[0]), net(own)
     for m in range(M):
@@ -81,7 +65,7 @@ def test_each_member_is_a_plain_network():
 
 def test_norms_of_members_are_their_own():
     norm = partial(EnsembleBatchNorm2d, members=M)
-    net = small(**factories(), norm=norm, dropout=0.0, dtype=torch.float64).train()
+    net = small(**normal_factories(), norm=norm, dropout=0.0, dtype=torch.float64).train()
     x = torch.randn(B, *IMAGE, dtype=torch.float64)
     plain = [extract_member(net, m) for m in range(M)]
     y = net(x)

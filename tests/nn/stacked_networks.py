@@ -149,11 +149,11 @@ def networks(build, train, dtype=torch.float64):
     return found
 
 
-def separately(found, x, own=False, seeds=SEEDS):
+def separately(found, x, own=False):
     """Copies of the networks after a run by themselves, and their results [M, B, ...]."""
     found = copy.deepcopy(found)
     results = []
     for m, network in enumerate(found):
-        torch.manual_seed(seeds[m])
+        torch.manual_seed(SEEDS[m])
         results.append(network(x[m] if own else x))
     return found, torch.stack(results)

@@ -89,7 +89,6 @@ class TestStreams:
         stack = StackedEnsemble([nn.Dropout(0.5)] * M).seed_members_(SEEDS)
         state = stack.streams.state()
         state["streams"] = {"cuda:1": [torch.zeros(16, dtype=torch.uint8)] * M}
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         stack.streams.load(state)
         assert stack.streams.state() == {"seeds": SEEDS, "streams": {}}
@@ -114,14 +113,13 @@ def hooked():
     return model
 
 
-def orthogonal():
+def parametrised():
     return nn.Sequential(
         parametrizations.weight_norm(nn.Linear(6, 5)),
         parametrizations.spectral_norm(nn.Linear(5, 4, bias=False)),
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def old_weight_norm():
     return nn.Sequential(weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4))
 
@@ -144,7 +142,7 @@ class Tripled:
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("how", ["batched", "loop"])
-@pytest.mark.parametrize("build", [hooked, orthogonal, old_weight_norm, replaced])
+@pytest.mark.parametrize("build", [hooked, parametrised, old_weight_norm, replaced])
 def test_modules_with_more_than_their_class_run_one_by_one(build, how):
     found = networks(build, True)
     stack = StackedEnsemble(found, how=how)

@@ -228,16 +228,28 @@ def test_without_running_statistics_nothing_is_run():
 ERRORS = [
     ({"batch_size": 0}, "recalibrate_: batch_size must be an integer of at least 1; got 0"),
     ({"subset": 24}, r"recalibrate_: subset must be an integer from 1 to N = 23, or pos.*; got 24"),
-    ({"rows": ROWS[:0]}, r"batches_or_rows must be \[N, ...\] with at least one row; got \[0, 2"),
-    ({"rows": []}, "batches_or_rows must be rows that give each channel two numbers or more; go"),
-    ({"rows": [ROWS], "subset": 3}, "subset must be None unless rows are given as one tensor; g"),
+    (
+        {"batches_or_rows": ROWS[:0]},
+        r"batches_or_rows must be \[N, ...\] with at least one row; got \[0, 2",
+    ),
+    (
+        {"batches_or_rows": []},
+        "batches_or_rows must be rows that give each channel two numbers or more; go",
+    ),
+    (
+        {"batches_or_rows": [ROWS], "subset": 3},
+        "subset must be None unless rows are given as one tensor; g",
+    ),
 ]
 
 
 @pytest.mark.parametrize("options, text", ERRORS, ids=str)
 def test_errors(options, text):
     with pytest.raises(ValueError, match=text):
-        recalibrate_(network(), options.pop("rows", ROWS), **options)
+        recalibrate_(network(), **{"batches_or_rows": ROWS, **options})
+
+
+def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match=r"statistics_mode_: mode must be one of \('recalibrate'"):
         statistics_mode_(network(), "interpolate")
 

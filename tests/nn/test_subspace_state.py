@@ -152,7 +152,7 @@ def test_statistics_of_another_point_are_refused(net, rows):
     assert_bound(subspace)
     for mode in ("shared", "batch"):
         subspace.statistics = mode
-        assert [call().isfinite().all() for call in calls.values()]
+        assert all(call().isfinite().all() for call in calls.values())
     with pytest.raises(ValueError, match="mode must be one of"):
         subspace.statistics = "none"
     subspace.statistics = "recalibrate"
