@@ -222,10 +222,10 @@ def anchor_step(
 ) -> None:  # fmt: skip
     """Writes anchors, states, step and, for gram "total" or "parts", out; see ops/anchor_step.py.
 
-    Rows of P elements with unit stride, P >= 1 and at most 16 anchors in all.
+    Rows of P elements with unit stride, P >= 1 and at most 16 anchors in all; `selected` and
+    `penalty` contiguous.
     """
     (T, P), S, M = anchors.shape, coeffs.shape[-1], len(grad)
-    penalty = None if penalty is None else penalty.contiguous()
     lr_value, one, two, eps, decay, curve_l2, beta = hyper
     adam = kind >= 3
     logs = [_split(math.log(x) if adam and x else -1e30) for x in (one, two)]

@@ -91,8 +91,9 @@ def train_deep_ensemble(
         config: the settings, the same for every member.
         members: M.
         together: False trains in turn. True makes one pass for all members where that is faster
-            (elsewhere, for convolutions on a CPU, one after another within a step); "batched" and
-            "loop" insist on one or the other.
+            (elsewhere, for convolutions on a CPU and where `fast_parameters()` learn by settings of
+            their own, one after another within a step); "batched" and "loop" insist on one or the
+            other.
         order: "own": the order of the rows is that of each member's stream; "shared": all members
             see the batches of stream 0, which one pass reads once.
         validation: rows for early stopping: (x, y), or a fraction of the training rows, which then

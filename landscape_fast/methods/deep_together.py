@@ -15,6 +15,7 @@ from landscape_fast.methods.batches import Batches, StreamBatches
 from landscape_fast.methods.checkpoint import describe_model, describe_rows
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep_engines import Batched, Looped, State, restore
+from landscape_fast.methods.optim import make_optimizer
 from landscape_fast.methods.seeds import rng_state, set_rng_state, stream_seed
 from landscape_fast.methods.trainer import History, Run
 from landscape_fast.nn.stacked import StackedEnsemble
@@ -85,7 +86,8 @@ class TogetherRun(Run):
         self._open_batches()
         self.steps_per_epoch = len(self.batches)
         seeds = [stream_seed(config.seed, stream, "noise") for stream in streams]
-        kind = Batched if _way(networks, how, self.batches) == "batched" else Looped
+        way = _way(networks, how, self.batches, config)
+        kind = Batched if way == "batched" else Looped
         self.engine = kind(networks, config, seeds, self.lr_factor)
         self.identity = {
             **dataclasses.asdict(config),
@@ -168,7 +170,7 @@ class TogetherRun(Run):
 
     def _note(self, epoch: int, lr: float, records: list[dict]) -> None:
         """What the progress display shows: means over the members."""
-        n = max(1, len(records))
+        n = len(records) or math.nan  # nobody is left
         means = {key: sum(r[key] for r in records) / n for key in ("loss", "accuracy")}
         self.history.append({"epoch": epoch + 1, **means, "lr": lr, "seconds": self.seconds})
 
@@ -256,8 +258,13 @@ class TogetherRun(Run):
         }
 
 
-def _way(networks: list[nn.Module], how: str, batches: Batches) -> str:
+def _way(networks: list[nn.Module], how: str, batches: Batches, config: TrainConfig) -> str:
     """Whether to batch the members: as they say, or as `StackedEnsemble` would for such a batch."""
+    groups = make_optimizer(networks[0], config).param_groups
+    if len({(group["lr"], group["weight_decay"]) for group in groups}) > 1:
+        rule = "True or 'loop' for networks whose fast_parameters() learn by other settings"
+        require(how != "batched", "train_deep_ensemble", "together", rule, repr(how))
+        return "loop"  # a stack of layers does not know which parameters those are
     if how != "auto" or len(networks) == 1:
         return "loop" if how == "auto" else how
     batches.open(0)

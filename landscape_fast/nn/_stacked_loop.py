@@ -79,6 +79,17 @@ def follow(plain: nn.Module, holder: nn.Module) -> None:
         plain.p = holder.p
 
 
+def changed_by_hand(model: nn.Module) -> list:
+    """What else a pass of `model` in training mode depends on; equal while that is the same."""
+    found: list = []
+    for module in model.modules():
+        if isinstance(module, DROPOUTS):
+            found.append(module.p)
+        elif not isinstance(module, _BatchNorm):  # whose buffers are statistics, which it writes
+            found += [(id(t), t._version) for t in module._buffers.values() if t is not None]
+    return found
+
+
 class MemberLoop:
     """Calls one plain module once per member, with the tensors of that member in it.
 

@@ -252,14 +252,15 @@ def guard_like_(model: nn.Module, networks: Sequence[nn.Module]) -> None:
         statistics_mode_(model, found[0].mode).stale = stale
 
 
-def unguard_(model: nn.Module) -> None:
-    """Takes the guard, and its hooks, off the batch norms of `model`."""
+def unguard_(model: nn.Module) -> nn.Module:
+    """Takes the guard, and its hooks, off the batch norms of `model`; returns it."""
     ours = _before_forward, _after_forward
     for layer in batch_norms(model):
         vars(layer).pop(_GUARD, None)
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
+    return model
 
 
 def _guards(layers: list[_BatchNorm]) -> list[StatisticsGuard]:

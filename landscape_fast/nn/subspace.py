@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from landscape_fast.nn import statistics as norm_statistics
 from landscape_fast.nn._anchors import start_anchors
+from landscape_fast.nn._stacked_loop import changed_by_hand
 from landscape_fast.nn.flat import FlatLayout, Source
 from landscape_fast.nn.stacked import StackedEnsemble
 from landscape_fast.ops._checks import LOW, message, require
@@ -129,7 +130,7 @@ class Subspace(nn.Module):
             rows = torch.cat([rows, self.fixed])
             self.anchors.data, self.fixed = rows[:T], rows[T:]
         self._rows = rows
-        object.__setattr__(self, "_stack", None)  # the network M times, made when it is needed
+        self._made_of: list = []  # `_stack`: the network M times, made when it is needed
         # `functional_call` puts another in its place, with other rows
         object.__setattr__(self, "_bound", self.anchors)
         self.point = rows.new_zeros(self.layout.P)
@@ -276,13 +277,14 @@ class Subspace(nn.Module):
     def _at_many(self, weights: Tensor, x: Tensor) -> Tensor:
         """[M, P], [B, ...] -> [M, B, ...], in one pass where that is the faster way."""
         # running statistics that nobody reads may be those of a stand-in
-        free = self.training and self.statistics != "shared"
+        free = self.statistics != "shared" and all(m.training for m in self.model.modules())
         if free and not (torch.compiler.is_compiling() or transforming()):
-            if self._stack is None or self._stack.members != len(weights):
-                plain = copy.deepcopy(self.model)
+            made_of = [len(weights), *changed_by_hand(self.model)]
+            if self._made_of != made_of:
                 # the guard is for evaluation, and hooks stand in the way of a loop
-                norm_statistics.unguard_(plain)
+                plain = norm_statistics.unguard_(copy.deepcopy(self.model))
                 object.__setattr__(self, "_stack", StackedEnsemble.like(plain, len(weights)))
+                self._made_of = made_of
             if self._stack.train().runs(x) == "batched":
                 return self._stack.run(self._views(weights), x)
         views = map(self._views, weights.unbind(0))

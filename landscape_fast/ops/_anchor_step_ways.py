@@ -32,6 +32,7 @@ def _impl(
         out.zero_()
         step += 1
         return out
+    selected, penalty = [None if t is None else t.contiguous() for t in (selected, penalty)]
     if backend == "cpp":
         run = _cpp
     else:
@@ -49,8 +50,7 @@ def _cpp(
 ):  # fmt: skip
     coeffs = coeffs.contiguous()  # M * L * S numbers at most
     every = (
-        grad, coeffs, anchors, fixed, first, second, step, lr, selected,
-        None if penalty is None else penalty.contiguous(), pair,
+        grad, coeffs, anchors, fixed, first, second, step, lr, selected, penalty, pair,
     )  # fmt: skip
     _extension.C.anchor_step(
         [0 if t is None else t.data_ptr() for t in (*every, out if gram else None)],

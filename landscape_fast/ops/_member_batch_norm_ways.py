@@ -109,13 +109,18 @@ def _flat(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) if x.ndim == 3 else x.flatten(3)
 
 
+def _norm(weight, bias, mean, var, eps):
+    """What the Triton kernels normalise with: rows without gaps."""
+    weight, bias = [None if t is None else t.contiguous() for t in (weight, bias)]
+    return _kernels("member_batch_norm").Norm(weight, bias, mean, var, eps)
+
+
 @torch.no_grad()  # an exported program calls it with parameters, which `out=` refuses
 def _apply(x, weight, bias, mean, var, layout, eps, relu, backend):
     y = _like(x, layout)
     if backend == "triton":
-        kernels = _kernels("member_batch_norm")
-        norm = kernels.Norm(weight, bias, mean, var, eps)
-        kernels.member_batch_norm_fwd(_flat(x), norm, relu, _flat(y))
+        run = _kernels("member_batch_norm").member_batch_norm_fwd
+        run(_flat(x), _norm(weight, bias, mean, var, eps), relu, _flat(y))
         return y
     given = widened((weight, bias, mean, var), x)
     nothing = given[2].new_empty(0)
@@ -145,7 +150,7 @@ def _backward(dy, x, weight, bias, mean, var, layout, eps, training, relu, need_
         dy, x, weight, bias, mean, var, layout, eps, training, relu, need_x, need_p, backend
     )
     if backend == "triton":
-        norm = _kernels("member_batch_norm").Norm(weight, bias, mean, var, eps)
+        norm = _norm(weight, bias, mean, var, eps)
         run = _kernels("member_batch_norm_backward").member_batch_norm_bwd
         outputs = [t if t.numel() else None for t in (dx, dweight, dbias)]
         flat = None if outputs[0] is None else _flat(dx)

@@ -28,15 +28,11 @@ _remembered = functools.lru_cache(maxsize=1024)(_conv)
 
 def options(op: str, kernel, stride, padding, dilation, groups) -> Conv:
     """Checks how to convolve; a network has few layers, which all come again at every step."""
-    if torch.compiler.is_compiling():
-        return _conv(op, kernel, stride, padding, dilation, groups)
-    try:
-        # True == 1, but is no size
-        if bool in map(type, (stride, padding, dilation, groups)):
-            return _conv(op, kernel, stride, padding, dilation, groups)
-        return _remembered(op, kernel, stride, padding, dilation, groups)
-    except TypeError:  # a list cannot be looked up
-        return _conv(op, kernel, stride, padding, dilation, groups)
+    given = (stride, padding, dilation, groups)
+    sizes = [n for g in given for n in (g if type(g) is tuple else (g,))]
+    # True and 1.0 equal 1, but are no sizes; a list cannot be looked up
+    known = all(type(n) in (int, str) for n in sizes) and not torch.compiler.is_compiling()
+    return (_remembered if known else _conv)(op, kernel, *given)
 
 
 def prepare(op: str, tensors: tuple, given: tuple, layout: str) -> tuple[tuple, int, Conv]:

@@ -255,10 +255,12 @@ def _check_list(coeffs, anchors, sizes) -> None:
 
 def _check_out(out, coeffs, anchors, flat: bool) -> None:
     rule = "None for a list, or where a gradient is recorded"
-    if not flat or wants_grad(coeffs, anchors, out):
+    if not flat:
         _refuse("out", rule, type(out).__name__)
     sizes = coeffs.shape[0], anchors.shape[1]
     check_tensor("combine", "out", out, "M, P", sizes, like=anchors, like_name="anchors")
+    if wants_grad(coeffs, anchors, out):
+        _refuse("out", rule, type(out).__name__)
     if not out.is_contiguous():
         _refuse("out", "contiguous", f"strides {tuple(out.stride())}")
 

@@ -5,6 +5,7 @@ torch is imported when a command runs, so that the parser can import this module
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def _study(args: Namespace, checkpoints: Path | None, old: list[Path]) -> int:
 def prepared(args: Namespace, old: list[Path]):
     """Yields (Problem, Dataset, TrainConfig, device) of the arguments, with --threads in force.
 
-    `old` checkpoints are deleted when nothing can fail early any more.
+    `old` checkpoints are deleted once the run has some of its own; see `replacing`.
     """
     import torch
 
@@ -112,14 +113,30 @@ def prepared(args: Namespace, old: list[Path]):
     problem = Problem(**_given(args, _PROBLEM))
     args.out.mkdir(parents=True, exist_ok=True)
     dataset = problem.load()
-    for path in old:
-        path.unlink()
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
-        yield problem, dataset, config, device
+        with replacing(old):
+            yield problem, dataset, config, device
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def replacing(old: list[Path]) -> Iterator[None]:
+    """Sets checkpoints aside, and puts them back after a run that did not come to write any."""
+    aside = {path: path.with_name(f"{path.name}.old") for path in old}
+    for path, kept in aside.items():
+        path.replace(kept)
+    try:
+        yield
+    finally:
+        replaced = bool(old) and any(old[0].parent.glob("*.pt"))
+        for path, kept in aside.items():
+            if replaced:
+                kept.unlink()
+            else:
+                kept.replace(path)
 
 
 def _config(args: Namespace):

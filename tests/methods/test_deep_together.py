@@ -316,6 +316,28 @@ def test_errors(options, text):
         train(**options)
 
 
+class Fast(nn.Linear):
+    def fast_parameters(self):
+        return [self.weight]
+
+
+def test_fast_parameters_keep_their_settings():
+    def build():
+        return nn.Sequential(Fast(2, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+    def run(together, config):
+        x, y = problem(double)
+        options = {"members": 2, "progress": False, "together": together}
+        return train_deep_ensemble(build, x[:, :2], y, config, **options)
+
+    config = dataclasses.replace(CONFIG, fast_lr_mult=10.0)
+    assert_close(run(True, config), run(False, config))
+    with pytest.raises(ValueError, match="together must be True or 'loop' for networks whose"):
+        run("batched", config)
+    same = dataclasses.replace(CONFIG, fast_weight_decay=CONFIG.weight_decay)
+    assert_close(run("batched", same), run(False, same))
+
+
 def test_networks_of_several_members_are_refused():
     class Members(nn.Linear):
         def forward(self, x):

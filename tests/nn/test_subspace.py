@@ -143,6 +143,45 @@ def test_many_points_in_one_pass_are_many_passes(layerwise):
     assert_as_exact("copied", copy.deepcopy(subspace)(x, coeffs), outputs, outputs.double())
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_many_points_follow_what_is_changed_in_the_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    subspace, x = make(net, Line()), torch.randn(9, 5)
+    coeffs = torch.tensor([[0.5, 0.5], [0.2, 0.8]])
+
+    def varies():
+        return not torch.equal(subspace(x, coeffs), subspace(x, coeffs))
+
+    assert varies()
+    subspace.model[1].p = 0.0
+    assert not varies()
+    subspace.model[1].p = 0.5
+    subspace.model[1].eval()
+    assert not varies()
+    subspace.model[2].eval()
+    for c in (coeffs, coeffs[0]):
+        with pytest.raises(RuntimeError, match="statistics"):
+            subspace(x, c)
+    subspace = make(nn.Sequential(nn.Linear(5, 3), Scaled()), Line())
+    for value in (1.0, 2.0):
+        subspace.model[1].scale.fill_(value)
+        subspace(x, coeffs)
+        subspace._stack._slow_on_cpu = False  # as on a GPU: in one pass
+        outputs = subspace(x, coeffs)
+        assert subspace._stack.runs(x) == "batched"
+        one = subspace(x, coeffs[1])
+        assert_as_exact("second", outputs[1], one, one.double())
+
+
 def test_parameters_without_gradient_have_none_either_way():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))

@@ -192,6 +192,14 @@ def test_strides_and_offsets(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_choices_and_penalties(backend, device):
+    chosen = torch.tensor([True, True, False, True], device=device)[::2]
+    penalty = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64, device=device).T
+    options = {"selected": chosen, "penalty": penalty, "layerwise": False}
+    check(backend, (1, 2, 0, (70, 30)), "sgd", device, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_learning_rate_on_the_device_is_read_at_every_step(backend, device):
     lr = torch.tensor(0.05, device=device)
     for rule in RULES.values():

@@ -58,6 +58,10 @@ BAD = {
     ),
     "list ints": (C, [A.int()], {}, ValueError, r"anchors must be one of float32, .*; got int32"),
     "out of a list": (C, [A], {"out": torch.zeros(4, 5)}, ValueError, r"out must be None for a"),
+    "out type": (
+        C, A.clone().requires_grad_(), {"out": 5}, TypeError,
+        r"out must be a Tensor \[M, P\]; got int",
+    ),
     "out in a graph": (
         C, A.clone().requires_grad_(), {"out": torch.zeros(4, 5)}, ValueError,
         r"out must be None for a list, or where a gradient is recorded; got Tensor",

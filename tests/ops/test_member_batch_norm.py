@@ -148,6 +148,14 @@ def test_strides_offsets_and_shared_rows(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_with_strides(backend, device):
+    x, weight, bias = inputs((2, 6, 9, 4, 3), device=device)
+    turned = [t.T.contiguous().T for t in (weight, bias)]
+    assert not turned[0].is_contiguous()
+    check_op(op, reference, (x, *turned), backend=backend, fence=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_autograd_hands_over_with_strange_strides(backend, device):
     tensors = [t.requires_grad_() for t in inputs((2, 5, 9, 3, 2), device=device)]
     exact = [t.detach().double().requires_grad_() for t in tensors]

@@ -258,6 +258,15 @@ def test_refuses(changes, message):
         subspace_conv2d(**{**arguments, **changes})
 
 
+def test_refuses_what_equals_an_answer_it_remembers():
+    tensors = (new(3, 2, 4, 5, 5), new(2, 6, 4, 3, 3), new(3, 2))
+    subspace_conv2d(*tensors, stride=1, padding=0)
+    subspace_conv2d(*tensors, stride=(1, 1))
+    for name, value in (("stride", 1.0), ("stride", (True, 1)), ("padding", 0.0), ("groups", 1.0)):
+        with pytest.raises(ValueError, match=f"^subspace_conv2d: {name} must be"):
+            subspace_conv2d(*tensors, **{name: value})
+
+
 ONE = {"x": (1, 2, 4, 5, 5), "anchors": (1, 6, 4, 3, 3)}
 
 

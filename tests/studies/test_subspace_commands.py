@@ -190,6 +190,19 @@ def test_wrong_usage_is_one_line(command, message, tmp_path, capsys):
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
 
+def test_overwrite_keeps_the_checkpoints_until_there_are_others(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "old.pt").write_text("precious")
+    for command, code in ((["curve", "--optimizer=adamw"], 2), (["swag", "--epochs=3"], 1)):
+        command += ["--overwrite", f"--out={tmp_path}", *COMMON]
+        assert run(capsys, *command)[0] == code
+        assert [path.read_text() for path in folder.iterdir()] == ["precious"]
+    command = [*RUNS["swag"][0], "--epochs=4", "--overwrite", f"--out={tmp_path}", *COMMON]
+    assert run(capsys, *command)[0] == 0
+    assert [path.name for path in folder.iterdir()] == ["swag-000.pt"]
+
+
 def test_snapshots_have_their_schedule_where_the_data_have_another(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(subspace_commands, "_run", lambda args, *of: seen.append(args) or 0)
