@@ -45,15 +45,21 @@ uint64_t seed_of(const Perturbation& draw) {
   return draw.seeds ? uint64_t(*draw.seeds) : draw.seed;
 }
 
-// Everything random about member m; with `scaled`, normal numbers times the member's scale.
-void draw_all(const Perturbation& draw, int64_t tile, int64_t m, bool scaled, Draws& to) {
+float scale_of(const Perturbation& draw, int64_t m) {
+  return draw.scales ? draw.scales[m] : draw.scale;
+}
+
+void draw_noise(const Perturbation& draw, int64_t tile, int64_t m, float scale, Draws& to) {
+  if (!has_noise(draw)) return;
   const uint32_t member = uint32_t(draw.first_member + m);
-  const float scale = draw.scales ? draw.scales[m] : draw.scale;
+  draw_normals(seed_of(draw), tile * QUADS, member, scale, to.normal);
+}
+
+void draw_dropout(const Perturbation& draw, int64_t tile, int64_t m, Draws& to) {
+  if (!has_dropout(draw)) return;
+  const uint32_t member = uint32_t(draw.first_member + m);
   const float dropout = draw.dropouts ? draw.dropouts[m] : draw.dropout;
-  if (has_noise(draw)) {
-    draw_normals(seed_of(draw), tile * QUADS, member, scaled ? scale : 1.0f, to.normal);
-  }
-  if (has_dropout(draw)) draw_factors(seed_of(draw), tile * QUADS, member, dropout, to.factor);
+  draw_factors(seed_of(draw), tile * QUADS, member, dropout, to.factor);
 }
 
 // Without one of the two, what stands for it in every member.
@@ -80,7 +86,8 @@ void perturb_tile(const PerturbJob& job, int64_t tile) {
   Draws draws;
   prepare(draws);
   for (int64_t m = 0; m < draw.M; ++m) {
-    draw_all(draw, tile, m, true, draws);
+    draw_noise(draw, tile, m, scale_of(draw, m), draws);
+    draw_dropout(draw, tile, m, draws);
     const float* w = row(job.weights, job.weights_stride_m, m, tile);
     float* y = job.y + m * draw.P + tile * TILE;
     if (draw.sigma.data && has_noise(draw)) {
@@ -102,7 +109,7 @@ void perturb_backward_tile(const PerturbBackwardJob& job, int64_t tile) {
   Draws draws;
   prepare(draws);
   for (int64_t m = 0; m < draw.M; ++m) {
-    draw_all(draw, tile, m, false, draws);
+    draw_dropout(draw, tile, m, draws);
     const float* dy = row(job.dy, job.dy_stride_m, m, tile);
     if (job.dweights) {
       const bool add = job.dweights_shared && m > 0;
@@ -112,12 +119,14 @@ void perturb_backward_tile(const PerturbBackwardJob& job, int64_t tile) {
         to[k] = (add ? to[k] : 0.0f) + dy[k] * draws.factor[k];
       }
     }
+    if (!job.dsigma && !job.parts) continue;
+    draw_noise(draw, tile, m, 1.0f, draws);
     // From here on, the gradient of scale times sigma.
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) draws.normal[k] *= dy[k] * draws.factor[k];
     if (job.dsigma) {
       const bool add = job.dsigma_shared && m > 0;
-      const float scale = draw.scales ? draw.scales[m] : draw.scale;
+      const float scale = scale_of(draw, m);
       float* to = job.dsigma + (job.dsigma_shared ? 0 : m * draw.P) + tile * TILE;
 #pragma omp simd
       for (int64_t k = 0; k < count; ++k) {
