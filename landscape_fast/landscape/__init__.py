@@ -1,18 +1,21 @@
 """What an ensemble looks like: how its members differ, how its confidence fits, and the figures."""
 
 from landscape_fast.landscape.diversity import (
-    Diagnosis,
     DiversityPoints,
-    PairDiversity,
-    diagnose,
     diversity_points,
     lower_limit,
-    pair_diversity,
     upper_limit,
 )
 from landscape_fast.landscape.path_plots import cycle_panels, path_panels, simplex_heat_map
 from landscape_fast.landscape.plots import accuracy_diversity, heat_maps, reliability_diagram
-from landscape_fast.landscape.reliability import ReliabilityBins, reliability_bins
+from landscape_fast.metrics import (
+    Diagnosis,
+    PairDiversity,
+    ReliabilityBins,
+    diagnose,
+    pair_diversity,
+    reliability_bins,
+)
 
 __all__ = [
     "Diagnosis",

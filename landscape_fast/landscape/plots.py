@@ -27,10 +27,10 @@ from landscape_fast.landscape._figure import (
 from landscape_fast.landscape.diversity import (
     DiversityPoints,
     lower_limit,
-    off_diagonal_mean,
     upper_limit,
 )
-from landscape_fast.landscape.reliability import ReliabilityBins
+from landscape_fast.metrics.diversity import off_diagonal_mean
+from landscape_fast.metrics.reliability import ReliabilityBins
 from landscape_fast.ops._checks import require
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from landscape_fast.landscape.diversity import Diagnosis, diagnose
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import Trained, build_member
 from landscape_fast.methods.trainer import count_members, fit, predict
+from landscape_fast.metrics.diversity import Diagnosis, diagnose
 from landscape_fast.ops._checks import require
 
 _REPORT_ROWS = 1000

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from landscape_fast.landscape.diversity import Diagnosis
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep_together import (
     Failure,
@@ -21,6 +20,7 @@ from landscape_fast.methods.deep_together import (
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import Validation, check_rows, hold_out
 from landscape_fast.methods.trainer import Diverged, History, Run, training_seconds
+from landscape_fast.metrics.diversity import Diagnosis
 from landscape_fast.nn.ensemble import DeepEnsemble
 from landscape_fast.ops._checks import require, whole
 

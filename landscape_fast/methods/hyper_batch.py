@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape_fast.landscape.diversity import diagnose
 from landscape_fast.methods.checkpoint import describe_rows
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep import Trained, build_member
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import Validation, hold_out
 from landscape_fast.methods.trainer import Run, predict
+from landscape_fast.metrics.diversity import diagnose
 from landscape_fast.nn.hyper_batch import HyperBatchNetwork, LambdaDistribution
 from landscape_fast.ops._checks import require, whole
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from landscape_fast.data import Dataset, noisy_labels
-from landscape_fast.landscape.diversity import pair_diversity
 from landscape_fast.methods import TrainConfig, fit, predict, train_deep_ensemble
 from landscape_fast.methods.averaging import train_swa
 from landscape_fast.methods.deep import build_member
 from landscape_fast.methods.subspaces import cos2_penalty, train_subspace
 from landscape_fast.methods.sweep import sweep
+from landscape_fast.metrics.diversity import pair_diversity
 from landscape_fast.models import ResNet
 from landscape_fast.nn.coefficients import Bezier, Line, Simplex
 from landscape_fast.nn.subspace import Subspace

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from landscape_fast import data as datasets
 from landscape_fast import models
 from landscape_fast.data import Dataset
-from landscape_fast.landscape.diversity import PairDiversity, pair_diversity
 from landscape_fast.methods import (
     TrainConfig,
     Trained,
@@ -24,6 +23,7 @@ from landscape_fast.methods import (
     train_batch_ensemble,
     train_deep_ensemble,
 )
+from landscape_fast.metrics.diversity import PairDiversity, pair_diversity
 from landscape_fast.nn import BatchEnsembleConv2d, BatchEnsembleLinear, EnsembleBatchNorm2d
 from landscape_fast.ops import ensemble_summary
 from landscape_fast.ops._checks import require, whole

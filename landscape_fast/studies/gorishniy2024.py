@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from landscape_fast.landscape.diversity import diagnose
 from landscape_fast.methods import select_members
 from landscape_fast.methods.seeds import isolated_rng
+from landscape_fast.metrics.diversity import diagnose
 from landscape_fast.models import MLP, TabM
 from landscape_fast.ops._checks import require
 from landscape_fast.studies._folds import as_text, mean_se, with_errors

@@ -15,9 +15,10 @@ import torch
 
 import landscape_fast
 from landscape_fast.data import Dataset
-from landscape_fast.landscape.diversity import diagnose, diversity_points
-from landscape_fast.landscape.reliability import reliability_bins
+from landscape_fast.landscape.diversity import diversity_points
 from landscape_fast.methods import TrainConfig
+from landscape_fast.metrics.diversity import diagnose
+from landscape_fast.metrics.reliability import reliability_bins
 from landscape_fast.studies.compare import Problem, Result
 
 # key of a row, heading, how the table shows it; JSON and CSV hold the plain numbers

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from landscape_fast.data import Dataset, digits
-from landscape_fast.landscape.diversity import diagnose, pair_diversity
 from landscape_fast.methods import (
     DeepEnsemble,
     LogUniform,
@@ -47,6 +46,7 @@ from landscape_fast.methods import (
 )
 from landscape_fast.methods.seeds import stream_seed
 from landscape_fast.methods.splits import hold_out
+from landscape_fast.metrics.diversity import diagnose, pair_diversity
 from landscape_fast.models import MLP
 from landscape_fast.nn import BatchEnsembleLinear
 from landscape_fast.nn.hyper_batch import HyperBatchLinear, HyperBatchNetwork

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from landscape_fast.landscape.diversity import diversity_points, lower_limit, upper_limit
-from landscape_fast.landscape.reliability import reliability_bins
+from landscape_fast.metrics.reliability import reliability_bins
 
 pytest.importorskip("matplotlib")
 from landscape_fast.landscape import _figure, plots  # noqa: E402

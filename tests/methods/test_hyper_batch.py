@@ -11,7 +11,6 @@ import torch
 from methods.problem import CONFIG, rows
 from torch import nn
 
-from landscape_fast.landscape.diversity import diagnose
 from landscape_fast.methods import (
     HyperBatchEnsemble,
     TrainConfig,
@@ -24,6 +23,7 @@ from landscape_fast.methods import (
 )
 from landscape_fast.methods import hyper_batch as module
 from landscape_fast.methods.splits import hold_out
+from landscape_fast.metrics.diversity import diagnose
 from landscape_fast.nn.hyper_batch import HyperBatchLinear, HyperBatchNetwork
 from landscape_fast.nn.init import Normal
 

@@ -7,8 +7,8 @@ import torch
 from compat.peers import assert_equal_runs
 from torch import nn
 
-from landscape_fast.landscape.diversity import pair_diversity
 from landscape_fast.methods import param_groups, select_members
+from landscape_fast.metrics.diversity import pair_diversity
 from landscape_fast.models import TabM
 from landscape_fast.models.tabm import ARCHS
 from landscape_fast.nn import MemberScale, extract_member, saved_bytes, to_deep_ensemble

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from landscape_fast.data import Dataset
-from landscape_fast.landscape.diversity import diagnose, pair_diversity
 from landscape_fast.methods import TrainConfig
+from landscape_fast.metrics.diversity import diagnose, pair_diversity
 from landscape_fast.ops import ensemble_summary
 from landscape_fast.studies import report
 from landscape_fast.studies.compare import Problem, Result

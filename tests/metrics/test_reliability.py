@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from landscape_fast.landscape.reliability import reliability_bins
+from landscape_fast.metrics.reliability import reliability_bins
 from landscape_fast.ops import ensemble_summary
 
 
