@@ -5,7 +5,8 @@
 `nn`         layers whose weights hold several models, and conversion of existing networks to them
 `models`     networks built from a layer factory
 `methods`    how ensembles are trained
-`landscape`  what they look like: diversity, planes, paths, figures
+`metrics`    what they predict, in numbers: diversity, calibration, out-of-distribution detection
+`landscape`  what they look like: similarity, samples, planes, paths, figures
 `data`       real data sets in their official file formats
 `studies`    the experiments of the papers, as presets
 `testing`    `check_op`, `check_layer`: the contract of this library, for your ops and layers too
@@ -21,7 +22,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-_LAZY = frozenset("config data landscape methods models nn ops studies testing".split())
+_LAZY = frozenset("config data landscape methods metrics models nn ops studies testing".split())
 
 # Triton kernels live in the top-level folder kernels/, installed as landscape_fast/kernels.
 # A checkout has no such sub-folder: there, the checkout itself is a second place to look.
