@@ -6,6 +6,12 @@ from landscape_fast.landscape.diversity import (
     lower_limit,
     upper_limit,
 )
+from landscape_fast.landscape.origins import (
+    CycleDiversity,
+    Origins,
+    cycle_diversity,
+    init_or_shuffle,
+)
 from landscape_fast.landscape.path_plots import cycle_panels, path_panels, simplex_heat_map
 from landscape_fast.landscape.plots import accuracy_diversity, heat_maps, reliability_diagram
 from landscape_fast.metrics import (
@@ -18,15 +24,19 @@ from landscape_fast.metrics import (
 )
 
 __all__ = [
+    "CycleDiversity",
     "Diagnosis",
     "DiversityPoints",
+    "Origins",
     "PairDiversity",
     "ReliabilityBins",
     "accuracy_diversity",
+    "cycle_diversity",
     "cycle_panels",
     "diagnose",
     "diversity_points",
     "heat_maps",
+    "init_or_shuffle",
     "lower_limit",
     "pair_diversity",
     "path_panels",
