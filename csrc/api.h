@@ -32,17 +32,24 @@ struct Labels {
 
 // out [M, M]: mean over N of the divergence of members i and j, in nats (or a fraction). NaN where
 // N = 0. JS and KL of a member with a NaN, a +inf or a row of -inf are NaN, also on the diagonal.
-void pairwise_divergence(const Logits& logits, Divergence kind, float* out, int threads);
+// sums [M, M], unless null: the sums of which these are the means (for disagreement, counts).
+void pairwise_divergence(const Logits& logits, Divergence kind, float* out, double* sums,
+                         int threads);
 
-// out [M, M]: share of the N examples on which members i and j have different labels.
-void pairwise_disagreement(const Labels& labels, float* out, int threads);
+// out [M, M]: share of the N examples on which members i and j have different labels. sums [M, M],
+// unless null: their number.
+void pairwise_disagreement(const Labels& labels, float* out, double* sums, int threads);
 
 // members [4, M]: accuracy, NLL, Brier score, ECE of each member; ensemble [6]: accuracy, NLL,
 // Brier score, ECE of the averaged probabilities, entropy of the averaged probabilities, mutual
 // information. Means over the examples whose target is not ignore_index. Returns the first n with
 // a target that is neither in [0, C) nor ignore_index (outputs are then unspecified), else -1.
+// sums, unless null: the sums of which these are the means. [M + 1, 3 + bins], a row for each
+// member and one for the averaged probabilities: of right answers, NLL, Brier score, and for each
+// calibration bin of (right - confidence); then 3 numbers: examples, entropy, mutual information.
 int64_t ensemble_summary(const Logits& logits, const int64_t* targets, int64_t bins,
-                         int64_t ignore_index, float* members, float* ensemble, int threads);
+                         int64_t ignore_index, float* members, float* ensemble, double* sums,
+                         int threads);
 
 // Float32 rows of M members: feature f of row (m, b) is data[m * stride_m + b * stride_b + f *
 // stride_f]. A stride of 0 repeats.

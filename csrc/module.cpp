@@ -38,24 +38,26 @@ void cpu_entries(py::module_& m) {
   m.def("cpu_isa", &cpu_isa);
   m.def("pairwise_divergence",
         [](uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm, int64_t sn,
-           int64_t sc, int kind, uintptr_t out, int threads) {
+           int64_t sc, int kind, uintptr_t out, uintptr_t sums, int threads) {
           py::gil_scoped_release released;
           pairwise_divergence(logits_at(data, dtype, M, N, C, sm, sn, sc), Divergence(kind),
-                              pointer<float>(out), threads);
+                              pointer<float>(out), pointer<double>(sums), threads);
         });
   m.def("pairwise_disagreement", [](uintptr_t data, int itemsize, int64_t M, int64_t N, int64_t sm,
-                                    int64_t sn, uintptr_t out, int threads) {
+                                    int64_t sn, uintptr_t out, uintptr_t sums, int threads) {
     py::gil_scoped_release released;
-    pairwise_disagreement(labels_at(data, itemsize, M, N, sm, sn), pointer<float>(out), threads);
+    pairwise_disagreement(labels_at(data, itemsize, M, N, sm, sn), pointer<float>(out),
+                          pointer<double>(sums), threads);
   });
   m.def("ensemble_summary",
         [](uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm, int64_t sn,
            int64_t sc, uintptr_t targets, int64_t bins, int64_t ignore_index, uintptr_t members,
-           uintptr_t ensemble, int threads) {
+           uintptr_t ensemble, uintptr_t sums, int threads) {
           py::gil_scoped_release released;
           return ensemble_summary(logits_at(data, dtype, M, N, C, sm, sn, sc),
                                   pointer<const int64_t>(targets), bins, ignore_index,
-                                  pointer<float>(members), pointer<float>(ensemble), threads);
+                                  pointer<float>(members), pointer<float>(ensemble),
+                                  pointer<double>(sums), threads);
         });
 }
 

@@ -33,10 +33,19 @@ void scores(const double* sums, int64_t bins, double examples, int64_t stride, f
   out[3 * stride] = float(gap / examples);
 }
 
+// What went into those scores, in the order of api.h; returns where the next row goes.
+double* row_of_sums(const double* sums, int64_t bins, double* out) {
+  const double* totals = sums + bins;
+  for (Sum which : {CORRECT, NLL, BRIER}) *out++ = totals[which];
+  for (int64_t b = 0; b < bins; ++b) *out++ = sums[b];
+  return out;
+}
+
 }  // namespace
 
 int64_t ensemble_summary(const Logits& logits, const int64_t* targets, int64_t bins,
-                         int64_t ignore_index, float* members, float* ensemble, int threads) {
+                         int64_t ignore_index, float* members, float* ensemble, double* sums,
+                         int threads) {
   const SummaryJob job = {logits, targets, bins, ignore_index};
   const int64_t bad = first_bad(job);
   if (bad >= 0) return bad;
@@ -50,16 +59,19 @@ int64_t ensemble_summary(const Logits& logits, const int64_t* targets, int64_t b
     LSF_VARIANT(which, summary_chunk)
     (job, chunk_of(index, chunks, blocks), scratch.of(thread), partial.get() + index * size);
   });
-  double* sums = partial.get() + chunks * size;
+  double* all = partial.get() + chunks * size;
   for (int64_t index = 0; index < chunks; ++index) {
-    for (int64_t k = 0; k < size; ++k) sums[k] += partial[index * size + k];
+    for (int64_t k = 0; k < size; ++k) all[k] += partial[index * size + k];
   }
-  const double* totals = sums + M * width + bins;
+  const double* totals = all + M * width + bins;
   const double examples = totals[EXAMPLES];
-  for (int64_t m = 0; m < M; ++m) scores(sums + m * width, bins, examples, M, members + m);
-  scores(sums + M * width, bins, examples, 1, ensemble);
+  for (int64_t m = 0; m < M; ++m) scores(all + m * width, bins, examples, M, members + m);
+  scores(all + M * width, bins, examples, 1, ensemble);
   ensemble[4] = float(totals[ENTROPY] / examples);
   ensemble[5] = float(totals[INFORMATION] / examples);
+  if (sums == nullptr) return -1;
+  for (int64_t m = 0; m <= M; ++m) sums = row_of_sums(all + m * width, bins, sums);
+  for (Sum which : {EXAMPLES, ENTROPY, INFORMATION}) *sums++ = totals[which];
   return -1;
 }
 

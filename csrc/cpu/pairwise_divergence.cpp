@@ -21,37 +21,39 @@ void labels_of(const Logits& logits, int32_t* labels, int threads) {
 
 const char* cpu_isa() { return isa_name(isa()); }
 
-void pairwise_divergence(const Logits& logits, Divergence kind, float* out, int threads) {
+void pairwise_divergence(const Logits& logits, Divergence kind, float* out, double* sums,
+                         int threads) {
   const int64_t M = logits.M, N = logits.N;
   if (M * N * logits.C < ALONE) threads = 1;
   if (kind == Divergence::disagreement) {
     const auto labels = zeros<int32_t>(M * N);
     labels_of(logits, labels.get(), threads);
-    pairwise_disagreement({labels.get(), 4, M, N, N, 1}, out, threads);
+    pairwise_disagreement({labels.get(), 4, M, N, N, 1}, out, sums, threads);
     return;
   }
   const Isa which = isa();
   const int64_t blocks = blocks_of(logits).count, chunks = chunk_count(blocks, M * M);
   threads = fewer(threads, chunks);
   const Scratch scratch(LSF_VARIANT(which, divergence_scratch)(logits), threads);
-  const auto sums = zeros<double>(chunks * M * M);
+  const auto partial = zeros<double>(chunks * M * M);
   in_parallel(chunks, threads, [&](int64_t index, int thread) {
     LSF_VARIANT(which, divergence_chunk)
     (logits, kind, chunk_of(index, chunks, blocks), scratch.of(thread),
-     sums.get() + index * M * M);
+     partial.get() + index * M * M);
   });
   for (int64_t i = 0; i < M; ++i) {
     for (int64_t j = 0; j < M; ++j) {
       const bool mirrored = kind == Divergence::js && j < i;
-      const double* from = sums.get() + (mirrored ? j * M + i : i * M + j);
+      const double* from = partial.get() + (mirrored ? j * M + i : i * M + j);
       double total = 0;
       for (int64_t index = 0; index < chunks; ++index) total += from[index * M * M];
       out[i * M + j] = float(total / double(N));
+      if (sums != nullptr) sums[i * M + j] = total;
     }
   }
 }
 
-void pairwise_disagreement(const Labels& labels, float* out, int threads) {
+void pairwise_disagreement(const Labels& labels, float* out, double* sums, int threads) {
   const int64_t M = labels.M, N = labels.N;
   const int64_t examples = 256;  // of a chunk: a dozen members of int64 labels stay in the L1 cache
   const int64_t chunks = (N + examples - 1) / examples;
@@ -66,7 +68,9 @@ void pairwise_disagreement(const Labels& labels, float* out, int threads) {
     for (int64_t j = i; j < M; ++j) {
       int64_t total = i == j ? N : 0;
       for (int thread = 0; thread < threads; ++thread) total += same[(thread * M + i) * M + j];
-      out[i * M + j] = out[j * M + i] = float(double(N - total) / double(N));
+      const double different = double(N - total);
+      out[i * M + j] = out[j * M + i] = float(different / double(N));
+      if (sums != nullptr) sums[i * M + j] = sums[j * M + i] = different;
     }
   }
 }

@@ -190,7 +190,7 @@ def _summary(
     about = (*logits_arguments(logits), targets.data_ptr(), bins, ignore_index)
     if backend == "cpp":
         pointers = [t.data_ptr() for t in outputs]
-        n = _extension.C.ensemble_summary(*about, *pointers, torch.get_num_threads())
+        n = _extension.C.ensemble_summary(*about, *pointers, 0, torch.get_num_threads())
         if n >= 0:
             _refuse(targets, logits.shape[2], ignore_index, n)
         return outputs

@@ -209,7 +209,7 @@ def _divergence(logits: Tensor, kind: str, backend: str) -> Tensor:
     arguments = (*logits_arguments(logits), KINDS[kind])
     if backend == "cpp":
         threads = torch.get_num_threads()
-        _extension.C.pairwise_divergence(*arguments, out.data_ptr(), threads)
+        _extension.C.pairwise_divergence(*arguments, out.data_ptr(), 0, threads)
     elif out.numel():
         sizes = (*logits.shape, KINDS[kind])
         launch_cuda("pairwise_divergence", logits, sizes, arguments, (out,))
@@ -224,7 +224,7 @@ def _disagreement(labels: Tensor, backend: str) -> Tensor:
     out = _disagreement_fake(labels, backend)
     arguments = (labels.data_ptr(), labels.itemsize, *labels.shape, *labels.stride())
     if backend == "cpp":
-        _extension.C.pairwise_disagreement(*arguments, out.data_ptr(), torch.get_num_threads())
+        _extension.C.pairwise_disagreement(*arguments, out.data_ptr(), 0, torch.get_num_threads())
     elif out.numel():
         launch_cuda("pairwise_disagreement", labels, tuple(labels.shape), arguments, (out,))
     return out
