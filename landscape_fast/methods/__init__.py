@@ -44,6 +44,7 @@ from landscape_fast.methods.subspaces import (
 from landscape_fast.methods.swag import Swag
 from landscape_fast.methods.sweep import Sweep, SweepInterrupted, sweep
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
+from landscape_fast.methods.trajectories import Trajectories, load_trajectories
 
 __all__ = [
     "AnchorAdam",
@@ -64,6 +65,7 @@ __all__ = [
     "TrainedSubspace",
     "TrainedSwag",
     "TrainingInterrupted",
+    "Trajectories",
     "Tuning",
     "Uniform",
     "WeightedEnsemble",
@@ -75,6 +77,7 @@ __all__ = [
     "fit",
     "gibbs_cross_entropy",
     "load_network",
+    "load_trajectories",
     "make_optimizer",
     "pair_ensemble",
     "param_groups",

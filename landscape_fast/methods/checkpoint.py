@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 1
+_RULE = "resume: checkpoint must be"
 
 
 def save_checkpoint(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
@@ -42,22 +43,36 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the file is no checkpoint, is damaged, or belongs to another run.
     """
-    rule = "resume: checkpoint must be"
+    stored, state = read_checkpoint(path)
+    require_identity(path, stored, identity)
+    return state
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Identity and state that `save_checkpoint` wrote, its tensors on the CPU.
+
+    Raises:
+        ValueError: if the file is no checkpoint or is damaged.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no content"
         raise ValueError(
-            f"{rule} a complete file written by landscape_fast; got {path} "
+            f"{_RULE} a complete file written by landscape_fast; got {path} "
             f"({type(error).__name__}: {reason[:120]}); delete it"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{rule} a landscape_fast checkpoint of format {FORMAT}; "
+            f"{_RULE} a landscape_fast checkpoint of format {FORMAT}; "
             f"got {found} in {path}; delete it or use another folder"
         )
-    stored = content["identity"]
+    return content["identity"], content["state"]
+
+
+def require_identity(path: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises ValueError, naming what differs, unless the file is of a run of this identity."""
     different = [
         f"{name} {stored.get(name, 'absent')!r} (now {identity.get(name, 'absent')!r})"
         for name in sorted(stored.keys() | identity.keys())
@@ -65,10 +80,9 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     ]
     if different:
         raise ValueError(
-            f"{rule} of this configuration; got {', '.join(different)} in {path}; "
+            f"{_RULE} of this configuration; got {', '.join(different)} in {path}; "
             "repeat the settings it was made with, or use another folder"
         )
-    return content["state"]
 
 
 def describe_model(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from landscape_fast.methods.checkpoint import describe_model, describe_rows
 from landscape_fast.methods.config import TrainConfig
 from landscape_fast.methods.deep_together import (
     Failure,
@@ -20,6 +22,7 @@ from landscape_fast.methods.deep_together import (
 from landscape_fast.methods.seeds import isolated_rng, stream_seed
 from landscape_fast.methods.splits import Validation, check_rows, hold_out
 from landscape_fast.methods.trainer import Diverged, History, Run, training_seconds
+from landscape_fast.methods.trajectories import EpochKeeper
 from landscape_fast.metrics.diversity import Diagnosis
 from landscape_fast.nn.ensemble import DeepEnsemble
 from landscape_fast.ops._checks import require, whole
@@ -67,6 +70,7 @@ def train_deep_ensemble(
     patience: int = 0,
     device: str | torch.device = "cpu",
     directory: Path | None = None,
+    keep_every: int = 0,
     resume: bool = False,
     progress: bool = True,
     on_step: Callable[[int], None] | None = None,
@@ -103,6 +107,9 @@ def train_deep_ensemble(
             has the weights of its lowest loss. 0 for all epochs, and the last weights.
         device: where to train.
         directory: folder of the checkpoints member-000.pt, ..., or together.pt; None keeps none.
+        keep_every: E above 0 keeps there the weights of every member before training, after every
+            E-th of its epochs and after the last, for `load_trajectories`; 0 keeps none. A resumed
+            run has the files of one that was not interrupted.
         resume: continue from the checkpoints found there; finished members are not trained again.
         progress: show progress.
         on_step: called after every step with the number of steps its run has done.
@@ -125,6 +132,9 @@ def train_deep_ensemble(
     require(whole(patience, 0), op, "patience", "an integer of at least 0", patience)
     both = (validation is None) == (patience == 0)
     require(both, op, "validation", "given exactly where patience is", validation)
+    require(whole(keep_every, 0), op, "keep_every", "an integer of at least 0", repr(keep_every))
+    rule = "a folder where keep_every is above 0"
+    require(not keep_every or directory is not None, op, "directory", rule, directory)
     check_rows(op, x, y)
     held = None
     if validation is not None:
@@ -144,16 +154,27 @@ def train_deep_ensemble(
         labels = labels if members > 1 else ["single network"]
         paths = [folder and folder / f"member-{m:03d}.pt" for m in range(members)]
         groups = [([m], {"label": labels[m], "checkpoint": paths[m]}) for m in range(members)]
+    keeper = None
+    if keep_every:
+        identity = {**asdict(config), "method": "deep", "model": describe_model(networks[0])}
+        identity |= {"data": describe_rows(x, y), "order": order, "patience": patience}
+        identity["together"] = bool(together)
+        keeper = EpochKeeper(folder, keep_every, config.epochs, identity)
     alone = not together and order == "own" and not patience
     histories, failed = [], {}
     for group, about in groups:
         chosen = [networks[m] for m in group]
         if alone:
-            more, lost = _fit(chosen[0], group[0], x, y, config, about, on_step, resume, progress)
+            run = Run(chosen[0], x, y, config, group[0], on_step=on_step, **about)
         else:
             check_network(op, chosen[0], x)
             run = TogetherRun(chosen, x, y, config, streams=group, **options, **about)
-            run.identity["method"] = "deep"
+        run.identity["method"] = "deep"
+        if keeper is not None:
+            run.keep_epochs(keeper)
+        if alone:
+            more, lost = _fit(run, resume, progress)
+        else:
             run.execute(resume, progress)
             more, lost = run.histories, run.put_back()
         histories += more
@@ -161,11 +182,10 @@ def train_deep_ensemble(
     return Trained(_survivors(networks, failed), histories, None, failed)
 
 
-def _fit(network, m, x, y, config, about, on_step, resume, progress):
-    """(histories, failures) of one member trained as `fit` does."""
+def _fit(run: Run, resume: bool, progress: bool) -> tuple[list[History], dict[int, Failure]]:
+    """Histories and failures of one member trained as `fit` does."""
+    network, m, epochs = run.model, run.stream, run.config.epochs
     sound = finite_tensors(network.state_dict())
-    run = Run(network, x, y, config, m, about["label"], about["checkpoint"], on_step)
-    run.identity["method"] = "deep"
     try:
         run.execute(resume, progress)
     except Diverged as error:
@@ -173,8 +193,8 @@ def _fit(network, m, x, y, config, about, on_step, resume, progress):
     state = network.state_dict()
     if finite_members([state[name][None] for name in sound], 1) == [True]:
         return [run.history], {}
-    reason = f"weights not finite in epoch {config.epochs}"
-    return [run.history[:-1]], {m: Failure(config.epochs, reason, None)}
+    reason = f"weights not finite in epoch {epochs}"
+    return [run.history[:-1]], {m: Failure(epochs, reason, None)}
 
 
 def _survivors(networks: list[nn.Module], failed: dict[int, Failure]) -> DeepEnsemble:

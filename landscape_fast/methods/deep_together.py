@@ -132,6 +132,19 @@ class TogetherRun(Run):
     def finished(self) -> bool:
         return not self.active
 
+    def kept_members(self) -> list[int]:
+        return [self.streams[m] for m in self.active]
+
+    def keep_epoch(self, epoch: int) -> None:
+        """Writes the weights of all members that took part in the epoch and did not fail."""
+        if self.keeper is None or not self.keeper.due(epoch):
+            return
+        state = self.engine.tensors()
+        for place, m in enumerate(self.active):
+            if m not in self.ended or not self.ended[m].failed:
+                own = {name: t[place] for name, t in state.items()}
+                self.keeper.write(self.streams[m], epoch, own)
+
     def _one_step(self, x: Tensor, y: Tensor) -> None:
         losses, right = self.engine.step(x, y, not self.shared)
         self.sums += torch.stack([losses.double(), right, torch.ones_like(right)]) * y.shape[-1]
@@ -163,6 +176,7 @@ class TogetherRun(Run):
                 continue
             keep.append(place)
         self._note(epoch, lr, records)
+        self.keep_epoch(epoch + 1)
         if len(keep) < len(self.active):
             self._keep(keep)
         self.last = {name: t[keep] for name, t in tensors.items()}

@@ -24,7 +24,9 @@ from landscape_fast.methods.optim import make_optimizer
 from landscape_fast.methods.progress import Progress
 from landscape_fast.methods.seeds import isolated_rng, rng_state, set_rng_state, stream_seed
 from landscape_fast.methods.splits import check_rows
+from landscape_fast.methods.trajectories import EpochKeeper
 from landscape_fast.nn import FoldedEnsemble, split_members
+from landscape_fast.nn._stacked_build import tensors
 from landscape_fast.ops._checks import require
 
 History = list[dict[str, Any]]
@@ -111,6 +113,8 @@ def fit(
 class Run:
     """State of one call of `fit`: what a checkpoint holds, and what makes it."""
 
+    keeper: EpochKeeper | None = None
+
     def __init__(self, model, x, y, config, stream, label, checkpoint, on_step) -> None:
         self.model, self.config = model, config
         self.stream, self.label, self.checkpoint, self.on_step = stream, label, checkpoint, on_step
@@ -154,6 +158,7 @@ class Run:
         with exact, isolated_rng(noise, self.device):
             if resume and self.checkpoint is not None and self.checkpoint.exists():
                 self.load(load_checkpoint(self.checkpoint, self.identity))
+            self.open_keeper()
             self.train(progress)
         self.model.eval()
         return self.history
@@ -183,6 +188,29 @@ class Run:
         set_rng_state(state["rng"], self.device)
         self.step, self.sums = state["step"], state["sums"].to(self.device)
         self.seconds, self.history = state["seconds"], state["history"]
+
+    def keep_epochs(self, keeper: EpochKeeper) -> None:
+        """Makes the run write the weights of its networks after the epochs that are due."""
+        self.keeper = keeper
+        self.identity["keep_every"] = keeper.every
+
+    def open_keeper(self) -> None:
+        """Keeps the weights before training, or finds those of a run that this one resumes."""
+        if self.keeper is None:
+            return
+        if self.step == 0:
+            self.keep_epoch(0)
+        for member in self.kept_members():
+            self.keeper.check(member, self.step // self.steps_per_epoch)
+
+    def kept_members(self) -> list[int]:
+        """Numbers of the networks that still train."""
+        return [self.stream]
+
+    def keep_epoch(self, epoch: int) -> None:
+        """Writes the weights after this many epochs, if they are due."""
+        if self.keeper is not None:
+            self.keeper.write(self.stream, epoch, tensors(self.model))
 
     def finished(self) -> bool:
         """Whether the run ends before its last epoch; asked before each."""
@@ -268,6 +296,7 @@ class Run:
             }
         )
         self.sums, self.seconds = self._zero_sums(), 0.0
+        self.keep_epoch(epoch + 1)
 
 
 @torch.no_grad()
