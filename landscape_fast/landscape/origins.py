@@ -46,8 +46,8 @@ class CycleDiversity(NamedTuple):
     """Disagreement between independent runs and between the cycles of one run.
 
     Attributes:
-        between_runs: [pairs], fraction of rows, of all pairs of independent networks.
-        between_cycles: [pairs] of all pairs of networks of different cycles of the same run.
+        between_runs: [pairs], fraction of rows, of networks of different runs and cycles.
+        between_cycles: [pairs] of networks of different cycles of the same run.
     """
 
     between_runs: Tensor
@@ -138,40 +138,36 @@ def _checkpoint(directory: Path | None, lr: float, repeat: int, name: str) -> Pa
     return directory and Path(directory) / f"lr-{lr:g}-repeat-{repeat}-{name}.pt"
 
 
-def cycle_diversity(independent: Tensor, cycles: Tensor) -> CycleDiversity:
-    """How far the cycles of a cyclical run lie apart, against independent runs.
+def cycle_diversity(logits: Tensor) -> CycleDiversity:
+    """How far the cycles of a cyclical run lie apart, against networks of independent runs.
+
+    Networks of a later cycle are trained longer, so both sides hold the same pairs of cycles: two
+    different ones, of the same run or of different runs.
 
     Args:
-        independent: [R, N, C] logits of R networks trained apart, R at least 2.
-        cycles: [R', K, N, C] logits of the networks of K cycles of each of R' runs, K at least 2.
+        logits: [R, K, N, C] of the networks that R runs kept at the ends of their K cycles, R and K
+            at least 2.
 
     Returns:
-        `CycleDiversity`.
+        `CycleDiversity`, on the CPU.
 
     Raises:
-        ValueError: if a shape is another one.
+        ValueError: if the shape is another one.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figure S5, which compares with cSG-MCMC, Zhang et
         al. 2020 (arXiv:1902.03932).
 
     Example:
-        >>> independent = torch.eye(3)[:, None]  # three networks, one row, all labels differ
-        >>> cycles = torch.eye(3)[None, [0, 0], None]  # two cycles that agree
-        >>> cycle_diversity(independent, cycles)
-        CycleDiversity(between_runs=tensor([1., 1., 1.]), between_cycles=tensor([0.]))
+        >>> labels = torch.tensor([[0, 0], [1, 1]])  # one row; a run does not change its mind
+        >>> cycle_diversity(torch.nn.functional.one_hot(labels)[:, :, None].float())
+        CycleDiversity(between_runs=tensor([1., 1.]), between_cycles=tensor([0., 0.]))
     """
-    op = "cycle_diversity"
-    ok = independent.ndim == 3 and len(independent) >= 2
-    require(ok, op, "independent", "[R, N, C] with R at least 2", list(independent.shape))
-    ok = cycles.ndim == 4 and cycles.shape[1] >= 2 and cycles.shape[2:] == independent.shape[1:]
-    rule = f"[R', K, N, C] with K at least 2 and [N, C] = {list(independent.shape[1:])}"
-    require(ok, op, "cycles", rule, list(cycles.shape))
-    pairs = [_pairs(run) for run in cycles]
-    return CycleDiversity(_pairs(independent), torch.cat(pairs))
-
-
-def _pairs(logits: Tensor) -> Tensor:
-    """Disagreement of all pairs of the members of [M, N, C]."""
-    matrix = pairwise_divergence(logits, "disagreement")
-    first, second = torch.triu_indices(len(matrix), len(matrix), 1, device=matrix.device)
-    return matrix[first, second]
+    ok = logits.ndim == 4 and min(logits.shape[:2]) >= 2
+    rule = "[R, K, N, C] with R and K at least 2"
+    require(ok, "cycle_diversity", "logits", rule, list(logits.shape))
+    R, K = logits.shape[:2]
+    matrix = pairwise_divergence(logits.flatten(0, 1), "disagreement").cpu()
+    first, second = torch.triu_indices(R * K, R * K, 1)
+    apart = matrix[first, second]
+    same_run, same_cycle = first // K == second // K, first % K == second % K
+    return CycleDiversity(apart[~same_run & ~same_cycle], apart[same_run])
