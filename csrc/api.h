@@ -184,10 +184,11 @@ const char* cpu_isa();
 
 int64_t pairwise_divergence_cuda_workspace(int64_t M, int64_t N, int64_t C, Divergence kind);
 int pairwise_divergence_cuda(const Logits& logits, Divergence kind, void* workspace, float* out,
-                             void* stream);
+                             double* sums, void* stream);
 
 int64_t pairwise_disagreement_cuda_workspace(int64_t M, int64_t N);
-int pairwise_disagreement_cuda(const Labels& labels, void* workspace, float* out, void* stream);
+int pairwise_disagreement_cuda(const Labels& labels, void* workspace, float* out, double* sums,
+                               void* stream);
 
 // As on the CPU, except for targets out of range: their number goes to *bad (device memory). If it
 // is not 0, every output that depends on the targets is NaN: all but entropy and mutual
@@ -195,7 +196,7 @@ int pairwise_disagreement_cuda(const Labels& labels, void* workspace, float* out
 int64_t ensemble_summary_cuda_workspace(int64_t M, int64_t N, int64_t C, int64_t bins);
 int ensemble_summary_cuda(const Logits& logits, const int64_t* targets, int64_t bins,
                           int64_t ignore_index, void* workspace, float* members, float* ensemble,
-                          int64_t* bad, void* stream);
+                          int64_t* bad, double* sums, void* stream);
 
 // combine: weights[m, p] = sum_k coeffs[m, part of p, k] * anchors[k, p], sums in float32.
 //

@@ -200,31 +200,34 @@ void cuda_entries(py::module_& m) {
   });
   m.def("pairwise_divergence_cuda",
         [](uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm, int64_t sn,
-           int64_t sc, int kind, uintptr_t workspace, uintptr_t out, uintptr_t stream) {
+           int64_t sc, int kind, uintptr_t workspace, uintptr_t out, uintptr_t sums,
+           uintptr_t stream) {
           raise_on(pairwise_divergence_cuda(logits_at(data, dtype, M, N, C, sm, sn, sc),
                                             Divergence(kind), pointer<void>(workspace),
-                                            pointer<float>(out), pointer<void>(stream)),
+                                            pointer<float>(out), pointer<double>(sums),
+                                            pointer<void>(stream)),
                    "pairwise_divergence");
         });
   m.def("pairwise_disagreement_cuda_workspace", &pairwise_disagreement_cuda_workspace);
   m.def("pairwise_disagreement_cuda", [](uintptr_t data, int itemsize, int64_t M, int64_t N,
                                          int64_t sm, int64_t sn, uintptr_t workspace, uintptr_t out,
-                                         uintptr_t stream) {
+                                         uintptr_t sums, uintptr_t stream) {
     raise_on(pairwise_disagreement_cuda(labels_at(data, itemsize, M, N, sm, sn),
                                         pointer<void>(workspace), pointer<float>(out),
-                                        pointer<void>(stream)),
+                                        pointer<double>(sums), pointer<void>(stream)),
              "pairwise_disagreement");
   });
   m.def("ensemble_summary_cuda_workspace", &ensemble_summary_cuda_workspace);
   m.def("ensemble_summary_cuda",
         [](uintptr_t data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm, int64_t sn,
            int64_t sc, uintptr_t targets, int64_t bins, int64_t ignore_index, uintptr_t workspace,
-           uintptr_t members, uintptr_t ensemble, uintptr_t bad, uintptr_t stream) {
+           uintptr_t members, uintptr_t ensemble, uintptr_t bad, uintptr_t sums,
+           uintptr_t stream) {
           raise_on(ensemble_summary_cuda(logits_at(data, dtype, M, N, C, sm, sn, sc),
                                          pointer<const int64_t>(targets), bins, ignore_index,
                                          pointer<void>(workspace), pointer<float>(members),
                                          pointer<float>(ensemble), pointer<int64_t>(bad),
-                                         pointer<void>(stream)),
+                                         pointer<double>(sums), pointer<void>(stream)),
                    "ensemble_summary");
         });
 }

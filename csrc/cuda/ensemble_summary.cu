@@ -160,11 +160,14 @@ __device__ double sum_of_blocks(const Store& store, int64_t blocks, int64_t M, i
   return block_sum<SUMMARY_THREADS>(sum, scratch);
 }
 
-// Block m makes the scores of member m, and block M those of the averaged probabilities.
+constexpr int SCORE_SUMS = 3;  // CORRECT, NLL, BRIER: before the bins among the sums of the caller
+
+// Block m makes the scores of member m, and block M those of the averaged probabilities; also the
+// sums of the caller (see api.h), unless `kept` is null.
 __global__ void __launch_bounds__(SUMMARY_THREADS)
 summary_scores_kernel(const Store store, int64_t blocks, int64_t M, int64_t bins,
                       float* __restrict__ members, float* __restrict__ ensemble,
-                      int64_t* __restrict__ bad) {
+                      int64_t* __restrict__ bad, double* __restrict__ kept) {
   LSF_SHARED(double, scratch, SUMMARY_WARPS);
   const int64_t entry = blockIdx.x;
   double sums[SUMS], totals[SUMS - 1];
@@ -172,25 +175,34 @@ summary_scores_kernel(const Store store, int64_t blocks, int64_t M, int64_t bins
   for (int q = 0; q < SUMS - 1; ++q) {
     totals[q] = sum_of_blocks(store, blocks, M, M + 1, q, scratch);
   }
+  const double examples = totals[EXAMPLES];
+  const double poison = totals[BAD] > 0 ? double(NAN) : 0.0;
+  const double nowhere = sums[BRIER] - sums[BRIER];  // NaN where a confidence was: in the last bin
+  double* const of_entry = kept ? kept + entry * (SCORE_SUMS + bins) : nullptr;
   double gap = 0;
   for (int64_t b = threadIdx.x; b < bins; b += SUMMARY_THREADS) {
-    gap += fabs(double((long long)(store.gaps[entry * bins + b])) / GAP_UNIT);
+    const double of_bin = double((long long)(store.gaps[entry * bins + b])) / GAP_UNIT;
+    gap += fabs(of_bin);
+    if (kept) of_entry[SCORE_SUMS + b] = of_bin + poison + (b == bins - 1 ? nowhere : 0);
   }
   gap = block_sum<SUMMARY_THREADS>(gap, scratch);
   if (threadIdx.x > 0) return;
-  const double examples = totals[EXAMPLES];
-  const double poison = totals[BAD] > 0 ? double(NAN) : 0.0;
-  const double nowhere = sums[BRIER] - sums[BRIER];  // NaN where a confidence had no bin
   float* const out = entry < M ? members + entry : ensemble;
   const int64_t stride = entry < M ? M : 1;
   out[0] = float(sums[CORRECT] / examples + poison);
   out[stride] = float(sums[NLL] / examples + poison);
   out[2 * stride] = float(sums[BRIER] / examples + poison);
   out[3 * stride] = float(gap / examples + poison + nowhere);
+  for (int q = 0; kept && q < SCORE_SUMS; ++q) of_entry[q] = sums[q] + poison;
   if (entry < M) return;
   ensemble[4] = float(sums[ENTROPY] / examples);
   ensemble[5] = float(totals[INFORMATION] / examples);
   *bad = int64_t(totals[BAD]);
+  if (!kept) return;
+  double* const last = of_entry + SCORE_SUMS + bins;
+  last[0] = examples;
+  last[1] = sums[ENTROPY];
+  last[2] = totals[INFORMATION];
 }
 
 constexpr int64_t SHARED_BYTES = 40 * 1024;  // of a block, so that four fit on an SM
@@ -235,7 +247,7 @@ int64_t ensemble_summary_cuda_workspace(int64_t M, int64_t N, int64_t C, int64_t
 
 int ensemble_summary_cuda(const Logits& logits, const int64_t* targets, int64_t bins,
                           int64_t ignore_index, void* workspace, float* members, float* ensemble,
-                          int64_t* bad, void* stream) {
+                          int64_t* bad, double* sums, void* stream) {
   if (logits.M < 1 || logits.C < 1 || logits.C > MOST_CLASSES || bins < 1 || bins > INT_MAX) {
     return int(cudaErrorInvalidValue);
   }
@@ -255,7 +267,7 @@ int ensemble_summary_cuda(const Logits& logits, const int64_t* targets, int64_t 
   if (plan.blocks > 0) launch(job, store, plan, stream);
   LSF_LAUNCH(summary_scores_kernel, dim3(unsigned(logits.M + 1), 1, 1),
              dim3(SUMMARY_THREADS, 1, 1), 0, stream, store, plan.blocks, logits.M, bins, members,
-             ensemble, bad);
+             ensemble, bad, sums);
   return int(cudaGetLastError());
 }
 

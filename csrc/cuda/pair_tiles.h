@@ -264,12 +264,13 @@ pair_tiles_kernel(const Op op, int64_t M, int64_t N, int64_t per_chunk, double* 
 
 constexpr int MEAN_ROWS = 8;
 
-// out [M, M] from the sums of all chunks: 32 slots of one tile in each block. On the diagonal 0, or
-// NaN where the member's own sum is NaN or there are no examples.
+// out [M, M] and, unless null, total [M, M] from the sums of all chunks: 32 slots of one tile in
+// each block. On the diagonal 0, or NaN where the member's own sum is NaN; in out also where there
+// are no examples.
 template <class Tiles>
 __global__ void __launch_bounds__(32 * MEAN_ROWS)
 pair_means_kernel(const double* __restrict__ sums, int64_t chunks, int64_t M, int64_t N,
-                  float* __restrict__ out) {
+                  float* __restrict__ out, double* __restrict__ total) {
   LSF_SHARED(double, part, 32 * MEAN_ROWS);
   const Tile tile = Tiles::at(blockIdx.x, M);
   const int slot = int(blockIdx.y) * 32 + int(threadIdx.x);
@@ -286,7 +287,9 @@ pair_means_kernel(const double* __restrict__ sums, int64_t chunks, int64_t M, in
   if (slot >= SLOTS) {
     const int row = slot - SLOTS;
     if (tile.diagonal && row < tile.ni) {
-      out[(tile.i0 + row) * (M + 1)] = mean == mean ? 0.0f : float(mean);
+      const int64_t at = (tile.i0 + row) * (M + 1);
+      out[at] = mean == mean ? 0.0f : float(mean);
+      if (total) total[at] = sum == sum ? 0.0 : sum;
     }
     return;
   }
@@ -295,12 +298,15 @@ pair_means_kernel(const double* __restrict__ sums, int64_t chunks, int64_t M, in
   const int64_t i = Tiles::member(tile, pair.from), j = Tiles::member(tile, pair.to);
   out[i * M + j] = float(mean);
   if (!Tiles::DIRECTED) out[j * M + i] = float(mean);
+  if (!total) return;
+  total[i * M + j] = sum;
+  if (!Tiles::DIRECTED) total[j * M + i] = sum;
 }
 
 // `sums` has room for plan.sums() numbers.
 template <class Op>
 void launch_pairs(const Op& op, const PairPlan& plan, int64_t M, int64_t N, double* sums,
-                  float* out, void* stream) {
+                  float* out, double* total, void* stream) {
   if (plan.chunks > 0) {
     const auto kernel = pair_tiles_kernel<Op>;
     LSF_LAUNCH(kernel, plan.grid(), dim3(PAIR_THREADS, 1, 1), 0, stream, op, M, N, plan.per_chunk,
@@ -308,7 +314,8 @@ void launch_pairs(const Op& op, const PairPlan& plan, int64_t M, int64_t N, doub
   }
   const auto means = pair_means_kernel<typename Op::Tiles>;
   const dim3 grid(unsigned(plan.tiles), unsigned(ceil_div(PITCH, 32)), 1);
-  LSF_LAUNCH(means, grid, dim3(32, MEAN_ROWS, 1), 0, stream, sums, plan.chunks, M, N, out);
+  LSF_LAUNCH(means, grid, dim3(32, MEAN_ROWS, 1), 0, stream, sums, plan.chunks, M, N, out,
+             total);
 }
 
 }  // namespace landscape_fast

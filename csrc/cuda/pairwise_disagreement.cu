@@ -68,10 +68,10 @@ struct LabelOp {
 };
 
 template <class T>
-int launch(const Labels& labels, double* sums, float* out, void* stream) {
+int launch(const Labels& labels, double* sums, float* out, double* total, void* stream) {
   const PairPlan plan = plan_pairs(LabelOp<T>::Tiles::count(labels.M), labels.N, 1);
   const LabelOp<T> op{labels, int64_t(FLUSH) * PAIR_THREADS};
-  launch_pairs(op, plan, labels.M, labels.N, sums, out, stream);
+  launch_pairs(op, plan, labels.M, labels.N, sums, out, total, stream);
   return int(cudaGetLastError());
 }
 
@@ -108,12 +108,13 @@ int64_t pairwise_disagreement_cuda_workspace(int64_t M, int64_t N) {
   return plan_pairs(LabelOp<uint32_t>::Tiles::count(M), N, 1).sums() * int64_t(sizeof(double));
 }
 
-int pairwise_disagreement_cuda(const Labels& labels, void* workspace, float* out, void* stream) {
+int pairwise_disagreement_cuda(const Labels& labels, void* workspace, float* out, double* sums,
+                               void* stream) {
   if (labels.M == 0) return int(cudaSuccess);
-  auto* const sums = static_cast<double*>(workspace);
-  if (labels.itemsize == 8) return launch<uint64_t>(labels, sums, out, stream);
+  auto* const parts = static_cast<double*>(workspace);
+  if (labels.itemsize == 8) return launch<uint64_t>(labels, parts, out, sums, stream);
   const bool known = labels.itemsize == 1 || labels.itemsize == 2 || labels.itemsize == 4;
-  if (known) return launch<uint32_t>(labels, sums, out, stream);
+  if (known) return launch<uint32_t>(labels, parts, out, sums, stream);
   return int(cudaErrorInvalidValue);
 }
 

@@ -243,7 +243,7 @@ struct Layout {
 };
 
 template <class Op>
-int launch(const Logits& logits, void* workspace, float* out, void* stream) {
+int launch(const Logits& logits, void* workspace, float* out, double* total, void* stream) {
   const Layout<Op> layout(logits.M, logits.N, logits.C);
   char* const at = static_cast<char*>(workspace);
   Op op;
@@ -259,7 +259,7 @@ int launch(const Logits& logits, void* workspace, float* out, void* stream) {
     LSF_LAUNCH(row_stats_kernel, grid, dim3(STATS_THREADS, 1, 1), 0, stream, op.rows, op.stats);
   }
   auto* sums = reinterpret_cast<double*>(at + layout.rows + layout.about);
-  launch_pairs(op, layout.plan, logits.M, logits.N, sums, out, stream);
+  launch_pairs(op, layout.plan, logits.M, logits.N, sums, out, total, stream);
   return int(cudaGetLastError());
 }
 
@@ -273,7 +273,7 @@ int64_t pairwise_divergence_cuda_workspace(int64_t M, int64_t N, int64_t C, Dive
 }
 
 int pairwise_divergence_cuda(const Logits& logits, Divergence kind, void* workspace, float* out,
-                             void* stream) {
+                             double* sums, void* stream) {
   if (logits.M == 0) return int(cudaSuccess);
   if (logits.C < 1 || logits.C > MOST_CLASSES) return int(cudaErrorInvalidValue);
   if (kind == Divergence::disagreement) {
@@ -281,10 +281,10 @@ int pairwise_divergence_cuda(const Logits& logits, Divergence kind, void* worksp
     auto* labels = static_cast<int32_t*>(workspace);
     if (const int error = labels_of_logits_cuda(logits, labels, stream)) return error;
     void* rest = static_cast<char*>(workspace) + aligned(M * N * int64_t(sizeof(int32_t)));
-    return pairwise_disagreement_cuda({labels, 4, M, N, N, 1}, rest, out, stream);
+    return pairwise_disagreement_cuda({labels, 4, M, N, N, 1}, rest, out, sums, stream);
   }
-  return kind == Divergence::js ? launch<JsOp>(logits, workspace, out, stream)
-                                : launch<KlOp>(logits, workspace, out, stream);
+  return kind == Divergence::js ? launch<JsOp>(logits, workspace, out, sums, stream)
+                                : launch<KlOp>(logits, workspace, out, sums, stream);
 }
 
 }  // namespace landscape_fast

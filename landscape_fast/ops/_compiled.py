@@ -18,12 +18,12 @@ def launch_cuda(entry: str, like: Tensor, sizes: tuple, arguments: tuple, output
 
     Args:
         sizes: what `entry`_cuda_workspace takes.
-        arguments: come before the workspace; `outputs`, tensors, come after it.
+        arguments: come before the workspace; `outputs`, tensors or None, come after it.
     """
     module = _extension.C
     size = getattr(module, f"{entry}_cuda_workspace")(*sizes)
     workspace = like.new_empty(max(size, 1), dtype=torch.uint8)
-    pointers = [t.data_ptr() for t in outputs]
+    pointers = [0 if t is None else t.data_ptr() for t in outputs]
     call_cuda(f"{entry}_cuda", like, *arguments, workspace.data_ptr(), *pointers)
 
 

@@ -25,28 +25,43 @@ class Calls(Kernels):
         return other
 
     def pairwise_divergence(self, logits: Tensor, kind: str = "js") -> Tensor:
+        return _means(*self.divergence_sums(logits, kind), logits.shape[1])
+
+    def divergence_sums(self, logits: Tensor, kind: str = "js") -> tuple[Tensor, Tensor]:
+        """The means, and the float64 sums that they come from."""
         M = logits.shape[0]
         about = (logits.data_ptr(), DTYPES.index(logits.dtype), *logits.shape, *logits.stride())
         size = self.divergence_workspace(*logits.shape, KINDS[kind])
 
-        def run(workspace, out):
-            self.divergence(*about, KINDS[kind], workspace, out)
+        def run(workspace, *outputs):
+            self.divergence(*about, KINDS[kind], workspace, *outputs)
 
-        return self._same(run, size, [torch.empty(M, M)])[0]
+        return self._same(run, size, [torch.empty(M, M), torch.empty(M, M).double()])
 
     def pairwise_disagreement(self, labels: Tensor) -> Tensor:
         M = labels.shape[0]
         about = (labels.data_ptr(), labels.itemsize, *labels.shape, *labels.stride())
 
-        def run(workspace, out):
-            self.disagreement(*about, workspace, out)
+        def run(workspace, *outputs):
+            self.disagreement(*about, workspace, *outputs)
 
-        return self._same(run, self.disagreement_workspace(*labels.shape), [torch.empty(M, M)])[0]
+        outputs = [torch.empty(M, M), torch.empty(M, M).double()]
+        size = self.disagreement_workspace(*labels.shape)
+        return _means(*self._same(run, size, outputs), labels.shape[1])
 
     def ensemble_summary(
         self, logits: Tensor, targets: Tensor, bins: int = 15, *, ignore_index: int = -100
     ) -> list[Tensor]:
-        """The outputs of the op, in its order, and then the number of bad targets."""
+        """The outputs of the op, in its order, then the number of bad targets."""
+        members, ensemble, bad, _ = self.summary_sums(
+            logits, targets, bins, ignore_index=ignore_index
+        )
+        return [*members.unbind(0), *ensemble.unbind(0), bad[0]]
+
+    def summary_sums(
+        self, logits: Tensor, targets: Tensor, bins: int = 15, *, ignore_index: int = -100
+    ) -> list[Tensor]:
+        """Members, ensemble, bad targets, and the float64 sums behind them."""
         M = logits.shape[0]
         about = (logits.data_ptr(), DTYPES.index(logits.dtype), *logits.shape, *logits.stride())
         size = self.summary_workspace(*logits.shape, bins)
@@ -54,9 +69,9 @@ class Calls(Kernels):
         def run(workspace, *outputs):
             self.summary(*about, targets.data_ptr(), bins, ignore_index, workspace, *outputs)
 
-        outputs = [torch.empty(4, M), torch.empty(6), torch.empty(1, dtype=torch.int64)]
-        members, ensemble, bad = self._same(run, size, outputs)
-        return [*members.unbind(0), *ensemble.unbind(0), bad[0]]
+        sums = torch.empty((M + 1) * (3 + bins) + 3).double()
+        outputs = [torch.empty(4, M), torch.empty(6), torch.empty(1, dtype=torch.int64), sums]
+        return self._same(run, size, outputs)
 
     def combine_into(self, coeffs: Tensor, anchors: Tensor, weights: Tensor, rows) -> Tensor:
         """`weights`, of which the parts in `rows` are written (see CombinePart in csrc/api.h)."""
@@ -108,3 +123,12 @@ class Calls(Kernels):
                 same = torch.equal(a.view(torch.uint8), b.view(torch.uint8))
                 assert same, f"the order {order} of blocks and threads changes the result"
         return first
+
+
+def _means(means: Tensor, sums: Tensor, N: int) -> Tensor:
+    """`means`, which must be the sums divided by N, rounded once."""
+    expected = (sums / N).float()
+    if N == 0:
+        assert (sums == 0).all()
+    assert torch.equal(means.nan_to_num(9.0), expected.nan_to_num(9.0))
+    return means

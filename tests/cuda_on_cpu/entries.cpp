@@ -10,9 +10,9 @@ int64_t shim_divergence_workspace(int64_t M, int64_t N, int64_t C, int kind) {
 }
 
 int shim_divergence(const void* data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm,
-                    int64_t sn, int64_t sc, int kind, void* workspace, float* out) {
+                    int64_t sn, int64_t sc, int kind, void* workspace, float* out, double* sums) {
   return pairwise_divergence_cuda({data, Dtype(dtype), M, N, C, sm, sn, sc}, Divergence(kind),
-                                  workspace, out, nullptr);
+                                  workspace, out, sums, nullptr);
 }
 
 int64_t shim_disagreement_workspace(int64_t M, int64_t N) {
@@ -20,8 +20,8 @@ int64_t shim_disagreement_workspace(int64_t M, int64_t N) {
 }
 
 int shim_disagreement(const void* data, int itemsize, int64_t M, int64_t N, int64_t sm, int64_t sn,
-                      void* workspace, float* out) {
-  return pairwise_disagreement_cuda({data, itemsize, M, N, sm, sn}, workspace, out, nullptr);
+                      void* workspace, float* out, double* sums) {
+  return pairwise_disagreement_cuda({data, itemsize, M, N, sm, sn}, workspace, out, sums, nullptr);
 }
 
 int64_t shim_summary_workspace(int64_t M, int64_t N, int64_t C, int64_t bins) {
@@ -31,9 +31,10 @@ int64_t shim_summary_workspace(int64_t M, int64_t N, int64_t C, int64_t bins) {
 int shim_summary(const void* data, int dtype, int64_t M, int64_t N, int64_t C, int64_t sm,
                  int64_t sn, int64_t sc, const int64_t* targets, int64_t bins,
                  int64_t ignore_index, void* workspace, float* members, float* ensemble,
-                 int64_t* bad) {
+                 int64_t* bad, double* sums) {
   return ensemble_summary_cuda({data, Dtype(dtype), M, N, C, sm, sn, sc}, targets, bins,
-                               ignore_index, workspace, members, ensemble, bad, nullptr);
+                               ignore_index, workspace, members, ensemble, bad, sums,
+                               nullptr);
 }
 
 int shim_combine(const int64_t* rows, int64_t L, int dtype, const void* coeffs, int coeffs_dtype,

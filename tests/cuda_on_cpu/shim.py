@@ -10,11 +10,11 @@ from pathlib import Path
 # Argument and result types: p address, n int64, i int, f float.
 ENTRIES = {
     "divergence_workspace": ("nnni", "n"),
-    "divergence": ("pi" + "nnnnnn" + "ipp", "i"),
+    "divergence": ("pi" + "nnnnnn" + "ippp", "i"),
     "disagreement_workspace": ("nn", "n"),
-    "disagreement": ("pi" + "nnnn" + "pp", "i"),
+    "disagreement": ("pi" + "nnnn" + "ppp", "i"),
     "summary_workspace": ("nnnn", "n"),
-    "summary": ("pi" + "nnnnnn" + "pnn" + "pppp", "i"),
+    "summary": ("pi" + "nnnnnn" + "pnn" + "ppppp", "i"),
     "combine": ("pnipi" + "nnnnn" + "pp", "i"),
     "combine_backward_workspace": ("pninn", "n"),
     "combine_backward": ("pnipi" + "nnnnn" + "ppppp" + "n", "i"),

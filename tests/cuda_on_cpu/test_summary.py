@@ -25,11 +25,23 @@ def random_case(M, N, C):
     return logits, targets
 
 
+def check_sums(sums, members, ensemble, bins):
+    """The means are what the sums give."""
+    examples, *of_ensemble = sums[-3:]
+    rows = sums[:-3].view(-1, 3 + bins)
+    scores = torch.cat([rows[:, :3], rows[:, 3:].abs().sum(1, keepdim=True)], 1) / examples
+    expected = [*scores.T.float().unbind(1)], torch.stack(of_ensemble).div(examples).float()
+    got = [*torch.cat([members, ensemble[:4, None]], 1).unbind(1)], ensemble[4:]
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0, equal_nan=True)  # bins, two orders
+
+
 def check(kernels, logits, targets, **options):
     """The outputs, after comparing them; the number of bad targets must be right too."""
     truth = ensemble_summary_reference(logits.double(), targets, **options)
     plain = ensemble_summary_reference(logits, targets, **options)
-    *got, bad = kernels.ensemble_summary(logits, targets, **options)
+    members, ensemble, bad, sums = kernels.summary_sums(logits, targets, **options)
+    got = [*members.unbind(0), *ensemble.unbind(0)]
+    check_sums(sums, members, ensemble, options.get("bins", 15))
     for name, *values in zip(EnsembleSummary._fields, got, plain, truth, strict=True):
         assert_as_exact(name, *values)
     ignored = targets == options.get("ignore_index", -100)
@@ -125,3 +137,20 @@ def test_no_example_is_left(kernels):
         kernels.ensemble_summary(logits[:, :0], torch.zeros(0, dtype=torch.int64)),
     ):
         assert torch.cat([t.flatten() for t in got[:-1]]).isnan().all() and got[-1] == 0
+
+
+def test_sums_by_bin(kernels):
+    """Summed over two halves they are those of the whole: what streaming relies on."""
+    logits, targets = random_case(3, 60, 10)
+    halves = [
+        kernels.summary_sums(logits[:, part], targets[part], 7)[3]
+        for part in (slice(23), slice(23, None))
+    ]
+    whole = kernels.summary_sums(logits, targets, 7)[3]
+    torch.testing.assert_close(sum(halves), whole, rtol=1e-6, atol=1e-8)
+    p = logits[1].double().softmax(-1)[targets != -100]
+    confidence, label = p.max(-1)
+    correct = (label == targets[targets != -100]).double()
+    gaps = torch.zeros(7, dtype=torch.float64)
+    gaps.index_add_(0, (7 * confidence).long(), correct - confidence)
+    torch.testing.assert_close(whole[:-3].view(4, 10)[1, 3:], gaps, rtol=1e-5, atol=1e-6)

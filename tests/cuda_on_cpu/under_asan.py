@@ -55,17 +55,19 @@ def divergences(kernels):
         logits = numbers(dtype, M * N * C, special=0.1)
         workspace = empty(kernels.divergence_workspace(M, N, C, kind))
         strides = (N * C, C, 1)
-        kernels.divergence(logits, dtype, M, N, C, *strides, kind, workspace, empty(4 * M * M))
+        out, sums = empty(4 * M * M), empty(8 * M * M)
+        kernels.divergence(logits, dtype, M, N, C, *strides, kind, workspace, out, sums)
         transposed = (1, M * C, M)  # members last
-        kernels.divergence(logits, dtype, M, N, C, *transposed, kind, workspace, empty(4 * M * M))
+        kernels.divergence(logits, dtype, M, N, C, *transposed, kind, workspace, out, None)
 
 
 def disagreements(kernels):
     for (M, N), size in product([(1, 1), (5, 1000), (16, 3), (40, 33)], (1, 2, 4, 8)):
         workspace = empty(kernels.disagreement_workspace(M, N))
         labels = integers(size, M * N, 5)
-        kernels.disagreement(labels, size, M, N, N, 1, workspace, empty(4 * M * M))
-        kernels.disagreement(labels, size, M, N, 1, M, workspace, empty(4 * M * M))
+        out, sums = empty(4 * M * M), empty(8 * M * M)
+        kernels.disagreement(labels, size, M, N, N, 1, workspace, out, sums)
+        kernels.disagreement(labels, size, M, N, 1, M, workspace, out, None)
 
 
 def summaries(kernels):
@@ -73,12 +75,12 @@ def summaries(kernels):
     for (M, N, C), dtype, bins in product([*shapes, (3, 3, 1031)], ITEMSIZE, (1, 15)):
         logits, targets = numbers(dtype, M * N * C, special=0.1), integers(8, N, C + 1)
         workspace = empty(kernels.summary_workspace(M, N, C, bins))
-        outputs = empty(16 * M), empty(24), empty(8)
+        outputs = empty(16 * M), empty(24), empty(8), empty(8 * ((M + 1) * (3 + bins) + 3))
         about = (logits, dtype, M, N, C, N * C, C, 1, targets, bins, 0)
         kernels.summary(*about, workspace, *outputs)
     M, N, C, bins = 330, 3, 4, 40  # more than fits in shared memory
     workspace = empty(kernels.summary_workspace(M, N, C, bins))
-    outputs = empty(16 * M), empty(24), empty(8)
+    outputs = empty(16 * M), empty(24), empty(8), None
     about = (numbers(FLOAT32, M * N * C), FLOAT32, M, N, C, N * C, C, 1, integers(8, N, C), bins, 0)
     kernels.summary(*about, workspace, *outputs)
 
