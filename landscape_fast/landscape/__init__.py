@@ -13,7 +13,25 @@ from landscape_fast.landscape.origins import (
     init_or_shuffle,
 )
 from landscape_fast.landscape.path_plots import cycle_panels, path_panels, simplex_heat_map
+from landscape_fast.landscape.paths import (
+    PathScores,
+    WedgeMap,
+    along_path,
+    wedge_map,
+)
+from landscape_fast.landscape.planes import (
+    PlaneMap,
+    filter_normalised_map,
+    map_plane,
+    radial_map,
+    triangle_map,
+)
 from landscape_fast.landscape.plots import accuracy_diversity, heat_maps, reliability_diagram
+from landscape_fast.landscape.projection import (
+    Projection,
+    grid_around,
+    project,
+)
 from landscape_fast.metrics import (
     Diagnosis,
     PairDiversity,
@@ -29,19 +47,31 @@ __all__ = [
     "DiversityPoints",
     "Origins",
     "PairDiversity",
+    "PathScores",
+    "PlaneMap",
+    "Projection",
     "ReliabilityBins",
+    "WedgeMap",
     "accuracy_diversity",
+    "along_path",
     "cycle_diversity",
     "cycle_panels",
     "diagnose",
     "diversity_points",
+    "filter_normalised_map",
+    "grid_around",
     "heat_maps",
     "init_or_shuffle",
     "lower_limit",
+    "map_plane",
     "pair_diversity",
     "path_panels",
+    "project",
+    "radial_map",
     "reliability_bins",
     "reliability_diagram",
     "simplex_heat_map",
+    "triangle_map",
     "upper_limit",
+    "wedge_map",
 ]

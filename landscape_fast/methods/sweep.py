@@ -47,6 +47,8 @@ class Sweep(NamedTuple):
         brier: [S], in [0, 2].
         ece: [S], expected calibration error, fraction; 15 bins.
         logits: [S, N, C], or None where they were not kept.
+        labels: [S, N], the most probable class of each row, in the smallest integers that hold
+            C - 1 (uint8 for up to 256 classes); or None where they were not kept.
     """
 
     loss: Tensor
@@ -54,6 +56,7 @@ class Sweep(NamedTuple):
     brier: Tensor
     ece: Tensor
     logits: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def nll(self) -> Tensor:
@@ -88,6 +91,7 @@ def sweep(
     batch_size: int = 1000,
     per_pass: int | str = "auto",
     keep_logits: bool = False,
+    keep_labels: bool = False,
     label: str = "sweep",
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -114,6 +118,8 @@ def sweep(
         per_pass: M, how many models go through the network together. "auto": one on a CPU, where
             more are not faster, several on a GPU, unless the network cannot be batched.
         keep_logits: also return the logits, S * N * C numbers on the CPU.
+        keep_labels: also return the labels, for agreement and disagreement of the models; S * N
+            bytes for up to 256 classes.
         label: what the progress display calls it.
         checkpoint: file for what is done so far, written every half minute, at the end and on
             Ctrl-C; None keeps nothing.
@@ -167,7 +173,9 @@ def sweep(
         "batch_size": batch_size,
         "keep_logits": keep_logits,
     }
-    record = _Record(y, keep_logits)
+    if keep_labels:
+        identity["keep_labels"] = True
+    record = _Record(y, keep_logits, keep_labels)
     if resume and checkpoint is not None and Path(checkpoint).exists():
         record.load(load_checkpoint(Path(checkpoint), identity))
     bar = Progress(label, count, count, done=record.done, enabled=progress, rounds="model")
@@ -190,17 +198,20 @@ def sweep(
     finally:
         bar.close()
     found = record.state()
-    return Sweep(*found["scores"][0], found["logits"][0] if keep_logits else None)
+    kept = [(found[name] or [None])[0] for name in ("logits", "labels")]
+    return Sweep(*found["scores"][0], *kept)
 
 
 class _Record:
-    """What a sweep has found so far: logits that wait for being scored, scores, logits to keep."""
+    """What a sweep has found so far: logits that wait for being scored, scores, what to keep."""
 
-    def __init__(self, y: Tensor, keep: bool) -> None:
-        self.y, self.keep, self.done = y, keep, 0
+    def __init__(self, y: Tensor, keep_logits: bool, keep_labels: bool) -> None:
+        self.y, self.done = y, 0
+        self.keep_logits, self.keep_labels = keep_logits, keep_labels
         self.waiting: list[Tensor] = []
         self.scores: list[Tensor] = []  # [4, models] each: loss, accuracy, Brier, ECE
         self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
         self.scored = time.monotonic()
 
     def add(self, logits: Tensor) -> None:
@@ -220,7 +231,8 @@ class _Record:
             logits = torch.cat(self.waiting)
             accuracy, nll, brier, ece = ensemble_summary(logits, self.y)[:4]  # of the members
             self.scores.append(torch.stack([nll, accuracy, brier, ece]).cpu())
-            self.logits += [logits.cpu()] if self.keep else []
+            self.logits += [logits.cpu()] if self.keep_logits else []
+            self.labels += [_labels(logits).cpu()] if self.keep_labels else []
         self.waiting, self.scored = [], time.monotonic()
 
     def line(self) -> dict[str, Any]:
@@ -234,11 +246,14 @@ class _Record:
         self.score()
         self.scores = [torch.cat(self.scores, 1)] if self.scores else []
         self.logits = [torch.cat(self.logits)] if self.logits else []
-        return {"scores": self.scores, "logits": self.logits, "done": self.done}
+        self.labels = [torch.cat(self.labels)] if self.labels else []
+        kept = {"logits": self.logits, "labels": self.labels}
+        return {"scores": self.scores, "done": self.done, **kept}
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.scores, self.logits, self.done = state["scores"], state["logits"], state["done"]
+        self.labels = state.get("labels", [])  # none in a file of an earlier release
 
 
 class _Models:
@@ -322,6 +337,15 @@ def _given(weights: Callable, start: int, stop: int, models: _Models) -> Tensor:
         raise TypeError(message(op, argument, f"a Tensor {rule}", type(rows).__name__))
     require(rows.shape == (stop - start, P), op, argument, rule, list(rows.shape))
     return rows.to(models.device, models.layout.dtype)
+
+
+def _labels(logits: Tensor) -> Tensor:
+    """The most probable classes, [M, N], of logits [M, N, C], in few bytes."""
+    few = next(
+        (d for d in (torch.uint8, torch.int16) if logits.shape[-1] - 1 <= torch.iinfo(d).max),
+        torch.int32,
+    )
+    return logits.argmax(-1).to(few)
 
 
 def _checksum(*values: Tensor) -> int:
