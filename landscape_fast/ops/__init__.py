@@ -4,7 +4,9 @@ One page per op: docstring, checks, reference, autograd, registration.
 `landscape_fast.show_config()` says which backend of each runs here.
 """
 
+from landscape_fast.ops._divergence_sums import divergence_sums, divergence_sums_reference
 from landscape_fast.ops._hyper_batch_l2 import hyper_batch_l2, hyper_batch_l2_reference
+from landscape_fast.ops._summary_sums import summary_sums, summary_sums_reference
 from landscape_fast.ops.anchor_step import (
     AdamRule,
     AnchorState,
@@ -64,6 +66,8 @@ __all__ = [
     "batch_ensemble_linear_reference",
     "combine",
     "combine_reference",
+    "divergence_sums",
+    "divergence_sums_reference",
     "ensemble_summary",
     "ensemble_summary_reference",
     "gram",
@@ -86,4 +90,6 @@ __all__ = [
     "subspace_conv2d_reference",
     "subspace_linear",
     "subspace_linear_reference",
+    "summary_sums",
+    "summary_sums_reference",
 ]

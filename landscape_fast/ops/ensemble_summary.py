@@ -13,9 +13,10 @@ from landscape_fast.ops._compiled import launch_cuda, logits_arguments
 from landscape_fast.ops._dispatch import KERNEL_DTYPES, declare, pick, transforming, wants_grad
 from landscape_fast.ops._library import define
 
+OP = "ensemble_summary"
 MOST_BINS = 4096  # of the calibration histogram
 
-declare("ensemble_summary", cpp=KERNEL_DTYPES, cuda=KERNEL_DTYPES)
+declare(OP, cpp=KERNEL_DTYPES, cuda=KERNEL_DTYPES)
 
 
 class EnsembleSummary(NamedTuple):
@@ -93,22 +94,12 @@ def ensemble_summary(
         >>> summary.accuracy, summary.brier  # p averages to 0.7, 0.3 and 0.6, 0.4
         (tensor(0.5000), tensor(0.4500))
     """
-    op = "ensemble_summary"
-    check_tensor(op, "logits", logits, "M, N, C", (None, None, None))
-    M, N, C = logits.shape
-    rule = "[M, N, C] with M and C at least 1"
-    require(M > 0 and C > 0, op, "logits", rule, list(logits.shape))
-    check_tensor(op, "targets", targets, "N", (N,), dtypes=(torch.int64,))
-    on_device = f"on the device of logits, {logits.device}"
-    require(targets.device == logits.device, op, "targets", on_device, str(targets.device))
-    good = isinstance(bins, int) and 1 <= bins <= MOST_BINS
-    require(good, op, "bins", f"an integer in [1, {MOST_BINS}]", bins)
-    name = pick(op, backend, logits)
+    check(OP, logits, targets, bins)
+    name = pick(OP, backend, logits)
     if transforming():
         return ensemble_summary_reference(logits, targets, bins, ignore_index=ignore_index)
     if name == "torch" or wants_grad(logits):
-        if _raises_here(targets) and not torch.compiler.is_compiling():
-            _refuse_first(targets, C, ignore_index)
+        check_range(OP, targets, logits.shape[2], ignore_index)
         return ensemble_summary_reference(logits, targets, bins, ignore_index=ignore_index)
     members, ensemble = _summary_op(logits, targets, bins, ignore_index, name)
     return EnsembleSummary(*members.unbind(0), *ensemble.unbind(0))
@@ -118,22 +109,45 @@ def ensemble_summary_reference(
     logits: Tensor, targets: Tensor, bins: int = 15, *, ignore_index: int = -100
 ) -> EnsembleSummary:
     """The definition: every backend is tested against this, run in float64."""
+    M = logits.shape[0]
+    each = example_scores(logits, targets, bins, ignore_index)
+    count = each.used.sum()
+    correct, nll, brier, entropy, information = (
+        values.sum(-1) / count
+        for values in (each.correct, each.nll, each.brier, each.entropy, each.information)
+    )
+    ece = (each.gaps.sum(-1) / count).abs().sum(-1)
+    scores = [s + each.poison for s in (correct, nll, brier, ece)]
+    return EnsembleSummary(*(s[:M] for s in scores), *(s[M] for s in scores), entropy, information)
+
+
+class ExampleScores(NamedTuple):
+    """What each of N examples adds to a summary, 0 where it is ignored; the averaged probabilities
+    come after the members."""
+
+    used: Tensor  # [N] bool
+    correct: Tensor  # [M + 1, N], as the next two
+    nll: Tensor
+    brier: Tensor
+    gaps: Tensor  # [M + 1, bins, N], right - confidence in the bin of the confidence
+    entropy: Tensor  # [N], of the averaged probabilities
+    information: Tensor  # [N]
+    poison: Tensor  # 0-dim: NaN where a target is out of range, else 0
+
+
+def example_scores(logits: Tensor, targets: Tensor, bins: int, ignore_index: int) -> ExampleScores:
+    """The definition of all that is summed, in plain PyTorch."""
     x = logits if logits.dtype == torch.float64 else logits.float()
     M, _, C = x.shape
     used = targets != ignore_index
     bad = used & ((targets < 0) | (targets >= C))
     y = targets.masked_fill(~used | bad, 0)
     x = x.masked_fill(~used[:, None], 0.0)
-    count = used.sum()
-
-    def mean(values: Tensor) -> Tensor:  # [..., N], over the examples that count
-        return values.masked_fill(~used, 0.0).sum(-1) / count
-
     p = x.softmax(-1)
     mixed = p.mean(0, keepdim=True)
     ln_p, ln_mixed = _ln(p), _ln(mixed)
-    entropy = mean(-(mixed[0] * ln_mixed[0]).sum(-1))
-    information = mean((p * (ln_p - ln_mixed)).sum(-1).mean(0))
+    entropy = -(mixed[0] * ln_mixed[0]).sum(-1)
+    information = (p * (ln_p - ln_mixed)).sum(-1).mean(0)
     # From here on the averaged probabilities come after the members: [M + 1, N].
     ln_y = x.log_softmax(-1).gather(-1, y.expand(M, -1)[..., None])[..., 0]
     nll = -torch.cat([ln_y, ln_y.logsumexp(0, keepdim=True) - math.log(M)])
@@ -143,11 +157,24 @@ def ensemble_summary_reference(
     truth = y[:, None] == torch.arange(C, device=y.device)
     brier = (p - truth.to(x.dtype)).square().sum(-1)
     confidence = p.gather(-1, label[..., None])[..., 0]
-    gaps = (correct - confidence)[..., None] * _in_bins(confidence, bins)
-    ece = mean(gaps.movedim(-1, 0)).abs().sum(0)
+    gaps = (correct - confidence)[:, None]  # [M + 1, 1, N]
+    gaps = torch.where(_in_bins(confidence, bins), gaps, 0.0)
+    values = (correct, nll, brier, gaps, entropy, information)
     poison = torch.where(bad.any(), float("nan"), 0.0)
-    scores = [s + poison for s in (mean(correct), mean(nll), mean(brier), ece)]
-    return EnsembleSummary(*(s[:M] for s in scores), *(s[M] for s in scores), entropy, information)
+    return ExampleScores(used, *(v.masked_fill(~used, 0.0) for v in values), poison)
+
+
+def check(op: str, logits: Tensor, targets: Tensor, bins: int) -> None:
+    """The rules for the arguments that cost no look at their values."""
+    check_tensor(op, "logits", logits, "M, N, C", (None, None, None))
+    M, N, C = logits.shape
+    rule = "[M, N, C] with M and C at least 1"
+    require(M > 0 and C > 0, op, "logits", rule, list(logits.shape))
+    check_tensor(op, "targets", targets, "N", (N,), dtypes=(torch.int64,))
+    on_device = f"on the device of logits, {logits.device}"
+    require(targets.device == logits.device, op, "targets", on_device, str(targets.device))
+    good = isinstance(bins, int) and 1 <= bins <= MOST_BINS
+    require(good, op, "bins", f"an integer in [1, {MOST_BINS}]", bins)
 
 
 def _ln(p: Tensor) -> Tensor:
@@ -156,12 +183,11 @@ def _ln(p: Tensor) -> Tensor:
 
 
 def _in_bins(confidence: Tensor, bins: int) -> Tensor:
-    """[..., bins]: whether the confidence is in (b / bins, (b + 1) / bins]."""
+    """[M, bins, N] of [M, N]: whether it is in (b / bins, (b + 1) / bins]; NaN in the last one."""
     inner = torch.arange(1, bins, dtype=confidence.dtype, device=confidence.device)
     inner = inner / torch.full_like(inner, bins)  # rounded once; a Python divisor may be inverted
-    lower = torch.nn.functional.pad(inner, (1, 0), value=-float("inf"))
-    upper = torch.nn.functional.pad(inner, (0, 1), value=float("inf"))
-    return (confidence[..., None] > lower) & (confidence[..., None] <= upper)
+    passed = (~(confidence[:, None] <= inner[:, None])).sum(1, keepdim=True)
+    return passed == torch.arange(bins, device=confidence.device)[:, None]
 
 
 def _raises_here(targets: Tensor) -> bool:
@@ -170,16 +196,20 @@ def _raises_here(targets: Tensor) -> bool:
     return targets.device.type == "cpu" or (debug and targets.device.type == "cuda")
 
 
-def _refuse_first(targets: Tensor, C: int, ignore_index: int) -> None:
+def check_range(op: str, targets: Tensor, C: int, ignore_index: int) -> None:
+    """IndexError for the first target that is neither a class nor ignored, where one is raised."""
+    if not _raises_here(targets) or torch.compiler.is_compiling():
+        return
     bad = ((targets < 0) | (targets >= C)) & (targets != ignore_index)
     if bad.any():
-        _refuse(targets, C, ignore_index, int(bad.nonzero()[0, 0]))
+        refuse(op, targets, C, ignore_index, int(bad.nonzero()[0, 0]))
 
 
-def _refuse(targets: Tensor, C: int, ignore_index: int, n: int) -> None:
+def refuse(op: str, targets: Tensor, C: int, ignore_index: int, n: int) -> None:
+    """The IndexError for example n."""
     rule = f"classes in [0, C) with C = {C}, or {ignore_index} to be ignored"
     got = f"{int(targets[n])} for example {n}"
-    raise IndexError(message("ensemble_summary", "targets", rule, got))
+    raise IndexError(message(op, "targets", rule, got))
 
 
 def _summary(
@@ -192,12 +222,11 @@ def _summary(
         pointers = [t.data_ptr() for t in outputs]
         n = _extension.C.ensemble_summary(*about, *pointers, 0, torch.get_num_threads())
         if n >= 0:
-            _refuse(targets, logits.shape[2], ignore_index, n)
+            refuse(OP, targets, logits.shape[2], ignore_index, n)
         return outputs
     bad = targets.new_empty(1)
-    launch_cuda("ensemble_summary", logits, (*logits.shape, bins), about, (*outputs, bad))
-    if _raises_here(targets):
-        _refuse_first(targets, logits.shape[2], ignore_index)
+    launch_cuda("ensemble_summary", logits, (*logits.shape, bins), about, (*outputs, bad, None))
+    check_range(OP, targets, logits.shape[2], ignore_index)
     return outputs
 
 

@@ -1,5 +1,7 @@
 """How differently M members predict: pairwise Jensen-Shannon, Kullback-Leibler, disagreement."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -129,23 +131,31 @@ def pairwise_divergence_reference(logits: Tensor, kind: str = "js") -> Tensor:
     x = _widened(logits)
     if kind == "disagreement":
         return pairwise_disagreement_reference(logits.argmax(-1)).to(x.dtype)
-    p, ln_p = _probabilities(x, kind)
-    rows = []
-    for i in range(x.shape[0]):
-        if kind == "js":
-            ln_m = _ln((p[i] + p) / 2)
-            terms = (p[i] * (ln_p[i] - ln_m) + p * (ln_p - ln_m)) / 2
-        else:
-            terms = p[i] * _ratio(p[i], ln_p[i], ln_p)
-        rows.append(terms.sum(-1).mean(-1))
+    rows = [row.mean(-1) for row in example_divergences(x, kind)]
     return torch.stack(rows) if rows else x.new_zeros(0, 0)
 
 
 def pairwise_disagreement_reference(labels: Tensor) -> Tensor:
     """The definition: every backend is tested against this."""
+    return (different_labels(labels) / labels.shape[1]).float()
+
+
+def example_divergences(logits: Tensor, kind: str) -> Iterator[Tensor]:
+    """For each member i, [M, N]: "js" or "kl" of i and every member on every example."""
+    p, ln_p = _probabilities(_widened(logits), kind)
+    for i in range(len(p)):
+        if kind == "js":
+            ln_m = _ln((p[i] + p) / 2)
+            terms = (p[i] * (ln_p[i] - ln_m) + p * (ln_p - ln_m)) / 2
+        else:
+            terms = p[i] * _ratio(p[i], ln_p[i], ln_p)
+        yield terms.sum(-1)
+
+
+def different_labels(labels: Tensor) -> Tensor:
+    """[M, M] float64: on how many of the examples two members differ."""
     rows = [(label != labels).sum(-1) for label in labels.unbind(0)]
-    counts = torch.stack(rows) if rows else labels.new_zeros(0, 0)
-    return (counts.double() / labels.shape[1]).float()
+    return (torch.stack(rows) if rows else labels.new_zeros(0, 0)).double()
 
 
 def _widened(logits: Tensor) -> Tensor:
@@ -212,7 +222,7 @@ def _divergence(logits: Tensor, kind: str, backend: str) -> Tensor:
         _extension.C.pairwise_divergence(*arguments, out.data_ptr(), 0, threads)
     elif out.numel():
         sizes = (*logits.shape, KINDS[kind])
-        launch_cuda("pairwise_divergence", logits, sizes, arguments, (out,))
+        launch_cuda("pairwise_divergence", logits, sizes, arguments, (out, None))
     return out
 
 
@@ -226,7 +236,7 @@ def _disagreement(labels: Tensor, backend: str) -> Tensor:
     if backend == "cpp":
         _extension.C.pairwise_disagreement(*arguments, out.data_ptr(), 0, torch.get_num_threads())
     elif out.numel():
-        launch_cuda("pairwise_disagreement", labels, tuple(labels.shape), arguments, (out,))
+        launch_cuda("pairwise_disagreement", labels, tuple(labels.shape), arguments, (out, None))
     return out
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from gpu import anchor_entries, subspace_entries
+from gpu import anchor_entries, function_entries, subspace_entries
 
 from landscape_fast.ops import _dispatch
 from landscape_fast.ops.batch_ensemble_conv2d import (
@@ -19,7 +19,6 @@ from landscape_fast.ops.batch_ensemble_linear import (
     batch_ensemble_linear_reference,
 )
 from landscape_fast.ops.combine import combine, combine_reference
-from landscape_fast.ops.ensemble_summary import ensemble_summary, ensemble_summary_reference
 from landscape_fast.ops.gram import gram, gram_reference
 from landscape_fast.ops.hyper_batch_conv2d import (
     hyper_batch_conv2d,
@@ -32,12 +31,6 @@ from landscape_fast.ops.hyper_batch_linear import (
 from landscape_fast.ops.member_batch_norm import (
     member_batch_norm,
     member_batch_norm_reference,
-)
-from landscape_fast.ops.pairwise_divergence import (
-    pairwise_disagreement,
-    pairwise_disagreement_reference,
-    pairwise_divergence,
-    pairwise_divergence_reference,
 )
 from landscape_fast.ops.perturb import perturb, perturb_reference
 
@@ -143,19 +136,6 @@ def _whole(make):
 
 def _of_list(function, *anchors, **options):
     return function(list(anchors), **options)
-
-
-def _logits(M, N, C):
-    return lambda scale: [3 * torch.randn(M, N * scale, C * scale)]
-
-
-def _labels(dtype):
-    return lambda scale: [torch.randint(5, (6, 1003 * scale)).to(dtype)]
-
-
-def _targets(scale):
-    N, C = 501 * scale, 13 * scale
-    return [3 * torch.randn(4, N, C), torch.randint(C, (N,))]
 
 
 def _on_list(function, coeffs, *anchors, **options):
@@ -279,19 +259,6 @@ def _hyper_entries():
             yield Entry(title, op, call, reference, make, kept=1)  # the product with delta
 
 
-def _divergence_entries():
-    for kind in ("js", "kl", "disagreement"):
-        for classes in (10, 131):
-            yield Entry(
-                f"{kind} of {classes} classes",
-                "pairwise_divergence",
-                partial(pairwise_divergence, kind=kind),
-                partial(pairwise_divergence_reference, kind=kind),
-                _logits(6, 203, classes),
-                gradients=kind != "disagreement",
-            )
-
-
 def _perturb_entries():
     def call(function, weights, sigma, scale, **options):
         dropout = torch.tensor([0.0, 0.25, 0.5]).to(scale)
@@ -375,24 +342,5 @@ ENTRIES = (
     ),
     *_norm_entries(),
     *anchor_entries.entries(Entry),
-    *_divergence_entries(),
-    *(
-        Entry(
-            f"disagreement of {str(dtype).removeprefix('torch.')} labels",
-            "pairwise_disagreement",
-            pairwise_disagreement,
-            pairwise_disagreement_reference,
-            _labels(dtype),
-            gradients=False,
-        )
-        for dtype in (torch.int64, torch.uint8)
-    ),
-    Entry(
-        "summary",
-        "ensemble_summary",
-        ensemble_summary,
-        ensemble_summary_reference,
-        _targets,
-        gradients=False,
-    ),
+    *function_entries.entries(Entry),
 )
