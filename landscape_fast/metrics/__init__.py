@@ -1,13 +1,19 @@
-"""What an ensemble predicts, in numbers: diversity, calibration, reliability."""
+"""What an ensemble predicts, in numbers: diversity, calibration, detection, selective prediction.
 
-from landscape_fast.metrics.diversity import Diagnosis, PairDiversity, diagnose, pair_diversity
-from landscape_fast.metrics.reliability import ReliabilityBins, reliability_bins
+`functional` has every measure as a function of tensors, `torchmetrics` the same as `Metric`
+classes; that module loads on first use and needs `pip install 'landscape-fast[metrics]'`.
+"""
 
-__all__ = [
-    "Diagnosis",
-    "PairDiversity",
-    "ReliabilityBins",
-    "diagnose",
-    "pair_diversity",
-    "reliability_bins",
-]
+import importlib
+
+from landscape_fast.metrics import functional
+from landscape_fast.metrics.diversity import Diagnosis, diagnose
+from landscape_fast.metrics.functional import *  # noqa: F403  its __all__ is part of ours
+
+__all__ = ["Diagnosis", "diagnose"] + functional.__all__
+
+
+def __getattr__(name):
+    if name == "torchmetrics":
+        return importlib.import_module("landscape_fast.metrics.torchmetrics")
+    raise AttributeError(f"module 'landscape_fast.metrics' has no attribute {name!r}")

@@ -5,14 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import require, whole
+from landscape_fast.ops._checks import LOW, require, whole
 
 
 class ReliabilityBins(NamedTuple):
-    """Rows sorted by confidence into bins of equal width, (edge, next edge].
+    """Rows sorted by confidence into bins, (edge, next edge].
 
     Attributes:
-        edges: [bins + 1], from 0 to 1.
+        edges: [bins + 1], from 0 to 1; nan among the inner ones if a confidence is nan.
         counts: [bins] int64, rows in each bin.
         accuracy: [bins], fraction of right answers; nan in an empty bin.
         confidence: [bins], mean confidence; nan in an empty bin.
@@ -26,46 +26,88 @@ class ReliabilityBins(NamedTuple):
     ece: Tensor
 
 
-def reliability_bins(probabilities: Tensor, targets: Tensor, bins: int = 15) -> ReliabilityBins:
+class BinSums(NamedTuple):
+    """Sums over the rows of each bin, which add over batches where the edges are fixed.
+
+    Attributes:
+        edges: [A, bins + 1].
+        counts: [A, bins] int64, rows.
+        right: [A, bins] float64, right answers; `confidence` likewise, their confidences.
+    """
+
+    edges: Tensor
+    counts: Tensor
+    right: Tensor
+    confidence: Tensor
+
+
+def reliability_bins(
+    probabilities: Tensor, targets: Tensor, bins: int = 15, *, equal_mass: bool = False
+) -> ReliabilityBins:
     """Accuracy and mean confidence per confidence bin, in float64.
 
     Args:
         probabilities: [N, C] predicted distributions, of an ensemble its mean over members.
         targets: [N] true classes.
-        bins: bins of equal width on [0, 1], each open below and closed above.
+        bins: how many, each open below and closed above.
+        equal_mass: False for bins of equal width on [0, 1]. True for bins of N / bins rows: bin b
+            ends at the confidence of rank ceil((b + 1) N / bins). Rows of equal confidence share a
+            bin, whatever their order, so that ties make bins uneven and leave some empty.
 
     Raises:
         ValueError: if the shapes disagree or `bins` is below 1.
 
-    Source: Guo et al. 2017 (arXiv:1706.04599). The ECE is that of `ops.ensemble_summary`.
+    Source: Guo et al. 2017 (arXiv:1706.04599); bins of equal mass as in Nguyen and O'Connor 2015
+        (arXiv:1508.05154). The ECE of equal widths is that of `ops.ensemble_summary`.
 
     Example:
         >>> p = torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.25, 0.75]])
         >>> reliability_bins(p, torch.tensor([0, 1, 0]), bins=5).counts
         tensor([0, 0, 0, 2, 1])
+        >>> reliability_bins(p, torch.tensor([0, 1, 0]), bins=3, equal_mass=True).counts
+        tensor([1, 1, 1])
     """
-    op = "reliability_bins"
-    require(
-        probabilities.ndim == 2 and probabilities.shape[0] >= 1,
-        op,
-        "probabilities",
-        "[N, C] with N at least 1",
-        list(probabilities.shape),
-    )
-    rows = probabilities.shape[0]
-    require(
-        list(targets.shape) == [rows], op, "targets", f"[N] with N = {rows}", list(targets.shape)
-    )
+    check_predictions("reliability_bins", probabilities, targets, bins)
+    edges, counts, right, total = (t[0] for t in top_sums(probabilities, targets, bins, equal_mass))
+    ece = (right - total).abs().sum() / counts.sum()
+    return ReliabilityBins(edges.double(), counts, right / counts, total / counts, ece)
+
+
+def check_predictions(op: str, probabilities: Tensor, targets: Tensor, bins: int = 1) -> None:
+    """The rules of everything that takes [N, C] probabilities, [N] classes and a number of bins."""
+    shape = list(probabilities.shape)
+    good = len(shape) == 2 and min(shape) >= 1
+    require(good, op, "probabilities", "[N, C] with N and C at least 1", shape)
+    rule = f"[N] with N = {shape[0]}"
+    require(list(targets.shape) == shape[:1], op, "targets", rule, list(targets.shape))
     require(whole(bins, 1), op, "bins", "an integer of at least 1", bins)
+
+
+def top_sums(
+    probabilities: Tensor, targets: Tensor, bins: int, equal_mass: bool = False
+) -> BinSums:
+    """`bin_sums` of the largest probability and whether its class is the true one, A = 1."""
     confidence, labels = probabilities.max(dim=1)
-    right = (labels == targets).double()
-    edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
+    return bin_sums(confidence[None], (labels == targets)[None], bins, equal_mass)
+
+
+def bin_sums(confidence: Tensor, right: Tensor, bins: int, equal_mass: bool = False) -> BinSums:
+    """Sums per bin for A independent sets of N rows: confidence [A, N], right [A, N] bool."""
+    A, N = confidence.shape
+    if confidence.dtype in LOW:
+        confidence = confidence.float()
+    confidence = confidence.contiguous()
+    device = confidence.device
+    edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=device).repeat(A, 1)
+    if equal_mass:
+        ends = torch.arange(1, bins, device=device) * N
+        edges[:, 1:-1] = confidence.sort(1).values[:, (ends + bins - 1) // bins - 1]
     # rounding of a softmax can exceed 1; a confidence of 0 belongs to the first bin
-    index = torch.bucketize(confidence, edges[1:-1], right=False)
-    one = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    counts = torch.bincount(index, minlength=bins)
-    right = one.index_add(0, index, right)
-    total = one.index_add(0, index, confidence.double())
-    accuracy, mean = right / counts, total / counts
-    ece = (right - total).abs().sum() / rows
-    return ReliabilityBins(edges.double(), counts, accuracy, mean, ece)
+    inner = edges[:, 1:-1].contiguous()
+    index = torch.searchsorted(inner, confidence)
+    index = (index + torch.arange(0, A * bins, bins, device=device)[:, None]).flatten()
+    none = torch.zeros(A * bins, dtype=torch.float64, device=device)
+    counts = none.long().index_add(0, index, torch.ones_like(index))
+    hits = none.index_add(0, index, right.flatten().double())
+    total = none.index_add(0, index, confidence.flatten().double())
+    return BinSums(edges, *(t.view(A, bins) for t in (counts, hits, total)))

@@ -1,0 +1,55 @@
+"""Rows in the order of a score, with ties kept together: what ROC and risk curves are made of."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from landscape_fast.ops._checks import LOW, check_tensor, require
+
+
+class Ranking(NamedTuple):
+    """N rows by falling score. A tie is a set of rows of equal score.
+
+    Attributes:
+        marks: [N] bool, of each row.
+        marked: [N + 1] int64, marked rows among the first k.
+        start: [N] int64, rows before the tie that the row is in.
+        stop: [N] int64, rows up to the end of that tie.
+        undefined: 0-dim bool, whether a score is NaN.
+    """
+
+    marks: Tensor
+    marked: Tensor
+    start: Tensor
+    stop: Tensor
+    undefined: Tensor
+
+    def known(self, value: Tensor) -> Tensor:
+        """`value`, or NaN if a score is."""
+        return torch.where(self.undefined, float("nan"), value)
+
+
+def ranking(op: str, name: str, scores: Tensor, mark: str, marks: Tensor) -> Ranking:
+    """Sorts [N] scores, largest first; `name` and `mark` are what the caller calls its arguments.
+
+    Exact for every dtype: scores are compared, never added. No host synchronisation.
+    """
+    check_tensor(op, name, scores, "N", (None,))
+    require(scores.shape[0] > 0, op, name, "[N] with N at least 1", list(scores.shape))
+    check_tensor(op, mark, marks, "N", (scores.shape[0],), dtypes=(torch.bool,))
+    require(
+        marks.device == scores.device,
+        op,
+        mark,
+        f"on the device of {name}, {scores.device}",
+        str(marks.device),
+    )
+    scores = scores.detach()
+    scores = scores.float() if scores.dtype in LOW else scores
+    falling, order = (-scores).sort()
+    marks = marks[order]
+    marked = torch.cat([marks.new_zeros(1, dtype=torch.int64), marks.cumsum(0)])
+    start = torch.searchsorted(falling, falling)
+    stop = torch.searchsorted(falling, falling, right=True)
+    return Ranking(marks, marked, start, stop, scores.isnan().any())
