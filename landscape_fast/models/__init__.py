@@ -1,6 +1,13 @@
 """Networks built from layer factories, so that one definition serves every kind of ensemble."""
 
-from landscape_fast.models.resnet import ResNet, cresnet20, preresnet, resnet20, wrn_28_10
+from landscape_fast.models.resnet import (
+    ResNet,
+    cresnet20,
+    preresnet,
+    resnet20,
+    resnet50_v2,
+    wrn_28_10,
+)
 from landscape_fast.models.small import MLP, LeNet, MediumCNN, SmallCNN
 from landscape_fast.models.tabm import TabM
 from landscape_fast.models.vgg import VGG, vgg16, vgg19
@@ -16,6 +23,7 @@ __all__ = [
     "cresnet20",
     "preresnet",
     "resnet20",
+    "resnet50_v2",
     "vgg16",
     "vgg19",
     "wrn_28_10",

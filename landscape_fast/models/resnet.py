@@ -1,4 +1,4 @@
-"""Residual networks for small images, built from layer factories: one class, every variant.
+"""Residual networks, built from layer factories: one class, every variant.
 
 The factories `conv`, `linear` and `norm` are called as `nn.Conv2d`, `nn.Linear` and
 `nn.BatchNorm2d` would be; see `landscape_fast.models.small`. Between layers with members the rows
@@ -18,20 +18,21 @@ from landscape_fast.ops._checks import require
 ORDERS = ("post", "pre")
 SHORTCUTS = ("pad", "conv", "conv_norm", "conv_input")
 BLOCKS = ("basic", "bottleneck")
+STEMS = ("small", "large")
 EXPANSION = 4  # channels of a bottleneck's output, times those of its 3x3 convolution
 
 
 class ResNet(Network):
-    """Stem, three stages of blocks, mean over the image, head.
+    """Stem, stages of blocks, mean over the image, head.
 
-    The stages have 16, 32 and 64 channels times `width`; the second and the third halve the image.
-    Depth, as papers count it: 6 * blocks + 2 (9 * blocks + 2 with bottlenecks); wide networks count
-    6 * blocks + 4.
+    The stages have 16, 32, 64, ... channels times `width`; all but the first halve the image.
+    Depth, as papers count it, with three stages: 6 * blocks + 2 (9 * blocks + 2 with bottlenecks);
+    wide networks count 6 * blocks + 4.
 
     Args:
         image: shape (C, H, W) of one image.
         classes: number of classes.
-        blocks: per stage.
+        blocks: per stage, for three stages; or one number for each stage.
         width: multiplies the channels of the stages, not the 16 of the stem.
         order: "post": conv, norm, ReLU, conv, norm, then the sum and a ReLU (He et al. 2015);
             "pre": norm, ReLU, conv, norm, ReLU, conv, then the sum, and one norm and ReLU before
@@ -47,6 +48,9 @@ class ResNet(Network):
         block: "basic": two 3x3 convolutions; "bottleneck": 1x1, 3x3 and 1x1, the last to four times
             the channels (He et al. 2015).
         head_bias: False leaves the bias of the head out.
+        stem: "small": a 3x3 convolution to 16 channels, with norm and ReLU where order is "post";
+            "large", for images of 224 pixels: a 7x7 convolution to 64 channels that halves the
+            image, likewise, and max pooling 3x3 that halves it again.
         conv: makes the convolutions, `linear` the head, `norm` the norms. For norms with members
             pass a factory of `nn.EnsembleBatchNorm2d`; by default members share them.
         generator: draws the initial values: He normal for weights, 0 for biases.
@@ -76,7 +80,7 @@ class ResNet(Network):
         self,
         image: tuple[int, int, int] = (3, 32, 32),
         classes: int = 10,
-        blocks: int = 3,
+        blocks: int | tuple[int, ...] = 3,
         width: int = 1,
         order: str = "post",
         shortcut: str = "conv_norm",
@@ -84,6 +88,7 @@ class ResNet(Network):
         dropout: float = 0.0,
         block: str = "basic",
         head_bias: bool = True,
+        stem: str = "small",
         *,
         conv: Factory = nn.Conv2d,
         linear: Factory = nn.Linear,
@@ -95,12 +100,17 @@ class ResNet(Network):
         op, shape = "ResNet", tuple(image)
         super().__init__(shape, classes, dropout)
         require(len(shape) == 3, op, "image", "the shape (C, H, W) of one image", shape)
-        check_count(op, "blocks", blocks)
+        stages = tuple(blocks) if isinstance(blocks, tuple | list) else (blocks,) * 3
+        require(len(stages) >= 1, op, "blocks", "a number, or one for each stage", blocks)
+        for count in stages:
+            check_count(op, "blocks", count)
         check_count(op, "width", width)
         require(order in ORDERS, op, "order", f"one of {ORDERS}", repr(order))
         require(shortcut in SHORTCUTS, op, "shortcut", f"one of {SHORTCUTS}", repr(shortcut))
         require(block in BLOCKS, op, "block", f"one of {BLOCKS}", repr(block))
+        require(stem in STEMS, op, "stem", f"one of {STEMS}", repr(stem))
         self.order, bottleneck = order, block == "bottleneck"
+        self.pool = stem == "large"
         factory = {"device": device, "dtype": dtype}
 
         def make_conv(inputs, outputs, kernel_size, stride=1):
@@ -111,18 +121,18 @@ class ResNet(Network):
         def make_norm(channels):
             return norm(channels, **factory)
 
-        self.stem = make_conv(shape[0], 16, 3)
-        channels = 16
+        first = channels = 64 if self.pool else 16
+        self.stem = make_conv(shape[0], first, *((7, 2) if self.pool else (3,)))
         self.blocks = nn.ModuleList()
-        for stage in range(3):
-            for place in range(blocks):
+        for stage, count in enumerate(stages):
+            for place in range(count):
                 inner, stride = 16 * width * 2**stage, 2 if stage and not place else 1
                 outputs = EXPANSION * inner if bottleneck else inner
                 sizes = (channels, inner, outputs, stride)
                 self.blocks.append(_Block(sizes, order, shortcut, dropout, make_conv, make_norm))
                 channels = outputs
         # after the stem, or before the head
-        self.norm = make_norm(16 if order == "post" else channels)
+        self.norm = make_norm(first if order == "post" else channels)
         self.head = linear(channels, classes, **({} if head_bias else {"bias": False}), **factory)
         self.reset_parameters(generator)
 
@@ -140,6 +150,8 @@ class ResNet(Network):
         if self.order == "post":
             x, members = through(self.norm, x, members)
             x = x.relu()
+        if self.pool:
+            x = F.max_pool2d(x, 3, 2, 1)
         for block in self.blocks:
             x, members = block(x, members)
         if self.order == "pre":
@@ -260,6 +272,30 @@ def preresnet(
         "block": "bottleneck" if bottleneck else "basic",
         "order": "pre",
         "shortcut": "conv_input",
+    }
+    return ResNet(image, classes, **{**fixed, **options})
+
+
+def resnet50_v2(
+    image: tuple[int, int, int] = (3, 224, 224), classes: int = 1000, **options
+) -> ResNet:
+    """ResNet-50 with norm and ReLU before each convolution (He et al. 2016), for ImageNet.
+
+    25,549,352 parameters. Stages of 3, 4, 6 and 3 bottlenecks; the first block of a stage halves
+    the image, in its 3x3 convolution, and has a 1x1 convolution of what its first ReLU returns as
+    its shortcut. `options` are those of `ResNet`.
+
+    Example:
+        >>> sum(p.numel() for p in resnet50_v2(device="meta").parameters())
+        25549352
+    """
+    fixed = {
+        "blocks": (3, 4, 6, 3),
+        "width": 4,
+        "block": "bottleneck",
+        "order": "pre",
+        "shortcut": "conv",
+        "stem": "large",
     }
     return ResNet(image, classes, **{**fixed, **options})
 

@@ -50,6 +50,7 @@ _KINDS = {
     "preresnet110": partial(models.preresnet, 110),
     "preresnet164": partial(models.preresnet, 164),
     "wrn_28_10": models.wrn_28_10,
+    "resnet50_v2": models.resnet50_v2,
 }
 
 
@@ -61,7 +62,7 @@ class Problem:
         data: "digits" (part of scikit-learn), "cifar10" or "mnist" (files in `root`).
         root: folder of the files; unused for digits.
         model: "mlp", "lenet", "small_cnn", "medium_cnn", "vgg16", "resnet20", "cresnet20",
-            "preresnet20", "preresnet110", "preresnet164" or "wrn_28_10".
+            "preresnet20", "preresnet110", "preresnet164", "wrn_28_10" or "resnet50_v2".
         members: M of both ensembles.
         fast_init: initial values of the factors r and s: "random_sign", "normal" or "ones".
         pixels: "standardized" (mean 0, deviation 1 per channel), "unit" or "raw".
@@ -166,6 +167,7 @@ def compare(
     *,
     device: str | torch.device = "cpu",
     directory: Path | None = None,
+    keep_every: int = 0,
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Result]:
@@ -178,6 +180,7 @@ def compare(
         config: the settings of every training run.
         device: where to train.
         directory: folder for checkpoints; None keeps none.
+        keep_every: of "single" and "deep"; see `train_deep_ensemble`.
         resume: continue from the checkpoints found there.
         progress: show progress.
 
@@ -197,6 +200,7 @@ def compare(
             partial(problem.network, dataset, ensemble=False),
             *rows,
             members=problem.members if "deep" in methods else 1,
+            keep_every=keep_every,
             **options,
         )
         if "single" in methods:

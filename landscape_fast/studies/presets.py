@@ -9,6 +9,7 @@ NORMED = (  # models with norms, which members can share or not
     "preresnet110",
     "preresnet164",
     "wrn_28_10",
+    "resnet50_v2",
 )
 MODELS = ("mlp", "lenet", "small_cnn", "medium_cnn", "vgg16", *NORMED)
 NORMS = ("shared", "member")
@@ -60,6 +61,7 @@ EVALUATION_ROWS = {
     "preresnet110": 250,
     "preresnet164": 250,
     "wrn_28_10": 100,
+    "resnet50_v2": 50,
     "vgg16": 250,
 }
 MLP = {

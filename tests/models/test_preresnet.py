@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from models.networks import B, M, count, normal_factories, with_statistics
 from torch import nn
 
-from landscape_fast.models import ResNet, cresnet20, preresnet, resnet20
+from landscape_fast.models import ResNet, cresnet20, preresnet, resnet20, resnet50_v2
 from landscape_fast.nn import ensemble_layers
 from landscape_fast.testing import check_layer
 
@@ -90,6 +90,35 @@ def test_bottlenecks_are_their_definition(order):
     torch.testing.assert_close(net(x), written_out(net, x, order == "pre"))
 
 
+def test_large_stems_and_own_stages_are_their_definition():
+    """The pattern of ResNet-50 v2 with one and two blocks: its shortcut reads the first ReLU."""
+    sizes = {"blocks": (1, 2), "width": 2, "block": "bottleneck", "stem": "large"}
+    net = ResNet((3, 32, 32), 5, order="pre", shortcut="conv", **sizes, dtype=torch.float64)
+    net = with_statistics(net)
+    x = images = torch.randn(B, 3, 32, 32, dtype=torch.float64)
+    x = F.max_pool2d(F.conv2d(x, net.stem.weight, None, 2, 3), 3, 2, 1)
+    assert x.shape == (B, 64, 8, 8)
+    for block, stride in zip(net.blocks, (1, 2, 1), strict=True):
+        first = norm(block.norm1, x).relu()
+        y = norm(block.norm2, conv(block.conv1, first)).relu()
+        y = norm(block.norm3, conv(block.conv2, y, stride)).relu()
+        x = conv(block.shortcut, first, stride) if block.shortcut is not None else x
+        x = x + conv(block.conv3, y)
+    features = norm(net.norm, x).relu().mean((2, 3))
+    assert features.shape == (B, 4 * 64)
+    torch.testing.assert_close(net(images), F.linear(features, net.head.weight, net.head.bias))
+
+
+def test_resnet50_v2_is_the_size_of_its_layers():
+    net, total, channels = resnet50_v2(device="meta"), 7 * 7 * 3 * 64, 64
+    for inner, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        total += channels * 4 * inner + bottleneck(channels, inner)
+        channels = 4 * inner
+        total += (blocks - 1) * bottleneck(channels, inner)
+    assert count(net) == total + 2 * 2048 + 2048 * 1000 + 1000 == 25_549_352
+    assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) == 50 - 1 + 4
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_member_is_a_plain_network(order):
     factories = normal_factories()
@@ -128,6 +157,8 @@ def test_contract(order, device):
             lambda: preresnet(21),
             "preresnet: depth must be 6 n \\+ 2 below 44, or 9 n \\+ 2 .*; got 21",
         ),
+        (lambda: ResNet(blocks=()), "blocks must be a number, or one for each stage; got"),
+        (lambda: ResNet(stem="wide"), r"stem must be one of \('small', 'large'\); got 'wide'"),
         (lambda: preresnet(44 + 9 + 1), "preresnet: depth must be .*; got 54"),
         (lambda: preresnet(2), "preresnet: depth must be .*; got 2"),
         (lambda: preresnet(20.0), "preresnet: depth must be .*; got 20.0"),
