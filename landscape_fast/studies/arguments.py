@@ -75,6 +75,14 @@ def add_problem(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out"
     )
+    if verb == "METHOD":  # of `train`, whose networks each have a way of their own
+        parser.add_argument(
+            "--keep-every",
+            type=count,
+            metavar="N",
+            help="also keep the weights before training, after every N-th epoch and the last, for "
+            "the trajectories of `landscape` (default: keep none)",
+        )
 
 
 def add_training(parser: argparse.ArgumentParser):

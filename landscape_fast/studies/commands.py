@@ -6,12 +6,14 @@ torch is imported when a command runs, so that the parser can import this module
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from landscape_fast.studies.presets import METHODS, MODEL_OF, TRAINING
 
 PROGRAM = "landscape-fast"
+RUN_FILE = "run.json"  # what a training run was started with
+_UNTRAINED = "-epoch-0000.pt"  # end of the name of kept weights in which no work is lost
 # Arguments that go into TrainConfig and Problem unchanged, where they are given.
 _TRAINING = (
     "epochs",
@@ -42,6 +44,8 @@ def train(args: Namespace) -> int:
     """One method, or all, on any data set, with checkpoints in the output folder."""
     if args.method == "single" and args.members not in (None, 1):
         args.usage_error(f"argument --members: must be 1 with --method single; got {args.members}")
+    if args.method == "batch" and args.keep_every:
+        args.usage_error("argument --keep-every: must be left out with --method batch")
     if args.recipe == "batch_ensemble":
         args.fast_init = args.fast_init or "normal"
     return _study(args, *claim_folder(args, args.method))
@@ -69,6 +73,8 @@ def claim_folder(args: Namespace, verb: str) -> tuple[Path, list[Path]]:
     if args.resume and not old:
         found = f"no checkpoints in {checkpoints}"
         say(f"{PROGRAM} {args.command}: {found}; starting from the beginning")
+    described = args.out / RUN_FILE
+    old += [described] if old and described.exists() else []
     return checkpoints, old if args.overwrite else []
 
 
@@ -81,17 +87,22 @@ def _study(args: Namespace, checkpoints: Path | None, old: list[Path]) -> int:
     """Train, measure, write, print."""
     with prepared(args, old) as (problem, dataset, config, device):
         from landscape_fast.studies.compare import compare
+        from landscape_fast.studies.run_folder import describe_training, described
 
-        results = compare(
-            problem,
-            dataset,
-            METHODS if args.method == "all" else (args.method,),
-            config,
-            device=device,
-            directory=checkpoints,
-            resume=getattr(args, "resume", False),
-            progress=not args.quiet,
-        )
+        keep_every = getattr(args, "keep_every", None) or 0
+        about = (problem, dataset, config, args.method, keep_every, device)
+        with described(args.out, describe_training(*about)) if checkpoints else nullcontext():
+            results = compare(
+                problem,
+                dataset,
+                METHODS if args.method == "all" else (args.method,),
+                config,
+                device=device,
+                directory=checkpoints,
+                keep_every=keep_every,
+                resume=getattr(args, "resume", False),
+                progress=not args.quiet,
+            )
         return _report(args, results, dataset, problem, config, device)
 
 
@@ -131,7 +142,10 @@ def replacing(old: list[Path]) -> Iterator[None]:
     try:
         yield
     finally:
-        replaced = bool(old) and any(old[0].parent.glob("*.pt"))
+        new = list(old[0].parent.glob("*.pt")) if old else []
+        replaced = any(not path.name.endswith(_UNTRAINED) for path in new)
+        for path in new if not replaced else []:
+            path.unlink()
         for path, kept in aside.items():
             if replaced:
                 kept.unlink()
