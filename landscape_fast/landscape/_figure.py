@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from landscape_fast.ops._checks import require
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe-Ito colours, told apart by colour-blind readers; markers say the same without colour.
@@ -14,6 +22,24 @@ COLOURS = {"single": "#757575", "deep": "#0072B2", "batch": "#D55E00"}
 MARKERS = {"single": "*", "deep": "o", "batch": "D"}
 NAMES = {"single": "Single network", "deep": "Deep ensemble", "batch": "BatchEnsemble"}
 _MORE_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The series of a figure take turns in these; line styles and markers say the same without colour.
+SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#757575", "#E69F00", "#56B4E9")
+SERIES_LINES = ("-", "--", "-.", ":")
+SERIES_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DARK = "#222222"
+# Ways to get several functions: name, colour, line and marker, the same in all figures.
+_WAYS = {
+    "original": ("Original", "#757575", "-", "o"),
+    "independent": ("Independent runs", "#D55E00", "-", "s"),
+    "random": ("Random directions", "#0072B2", "--", "o"),
+    "dropout": ("Weight dropout", "#E69F00", "-.", "P"),
+    "diagonal": ("Diagonal Gaussian", "#CC79A7", ":", "D"),
+    "low_rank": ("Low-rank Gaussian", "#56B4E9", "-.", "^"),
+    "random_low_rank": ("Low-rank of random samples", DARK, "--", "X"),
+    "weight_average": ("Weight average", "#009E73", "-", "v"),
+    "trajectory": ("One trajectory", "#757575", ":", "X"),
+}
+NO_VALUE = "#D9D9D9"  # the ground of a map where it has no value
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -49,7 +75,7 @@ def styled(plot: _Plot) -> _Plot:
 
 def method_name(method: str) -> str:
     """Heading of a method; an unknown one is its own name."""
-    return NAMES.get(method, method)
+    return NAMES.get(method, _WAYS.get(method, (method,))[0])
 
 
 def method_colour(method: str, place: int = 0) -> str:
@@ -81,3 +107,84 @@ def short_number(value: float) -> str:
     if 0.095 <= value < 100:
         return f"{value:.2f}" if value < 10 else f"{value:.1f}"
     return f"{value:.2g}" if value < 1 else f"{value:.0f}"
+
+
+def place_style(place: int) -> dict[str, Any]:
+    """Colour, line and marker of the series at a place; 49 places have pairs of their own."""
+    return {
+        "color": SERIES_COLOURS[place % 7],
+        "linestyle": SERIES_LINES[place % 4],
+        "marker": SERIES_MARKERS[(place + place // 7) % 7],
+    }
+
+
+def series_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name to its style: the known ways their own, the others what those leave, in order."""
+    names = list(dict.fromkeys(names))
+    known = {name: dict(zip(("color", "linestyle", "marker"), _WAYS[name][1:], strict=True))
+             for name in names if name in _WAYS}  # fmt: skip
+    used = {style["color"] for style in known.values()}
+    styles = [place_style(place) for place in range(7 + len(names))]
+    styles.sort(key=lambda style: style["color"] in used)  # free colours first
+    free = iter(styles)
+    return {name: known.get(name) or next(free) for name in names}
+
+
+def numbers(values: Tensor | Sequence[float]) -> np.ndarray:
+    """The values in float64, in their own shape."""
+    if not isinstance(values, Tensor):
+        values = torch.from_numpy(np.array(values, dtype=np.float64))
+    return values.detach().double().cpu().numpy()
+
+
+def checked(values, op: str, argument: str, letters: str, *sizes: int | None) -> np.ndarray:
+    """The values as numbers of the shape `letters`, whose sizes are given where they are known."""
+    found = numbers(values)
+    known = zip(letters.split(", "), sizes, strict=True)
+    rule = ", ".join(f"{letter} = {size}" for letter, size in known if size is not None)
+    ok = found.ndim == len(sizes)
+    ok = ok and all(s is None or s == f for s, f in zip(sizes, found.shape, strict=True))
+    rule = f"[{letters}]" + (f" with {rule}" if rule else "")
+    require(ok, op, argument, rule, list(found.shape))
+    return found
+
+
+def add_title(figure: Figure, title: str) -> None:
+    """The heading of a figure, if it has one."""
+    if title:
+        figure.suptitle(title, fontsize=13, fontweight="bold")
+
+
+def legend_below(figure: Figure, handles: Sequence) -> None:
+    """One legend for all panels, outside of them."""
+    handles = list(handles)
+    columns = _columns([handle.get_label() for handle in handles], figure.get_figwidth())
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def legend_height(labels: Sequence[str], width: float) -> float:
+    """Inches that `legend_below` takes for these labels in a figure of this width."""
+    return 0.15 + 0.2 * math.ceil(len(labels) / _columns(labels, width))
+
+
+def _columns(labels: Sequence[str], width: float) -> int:
+    widest = 0.65 + 0.08 * max(map(len, labels), default=0)  # inches of an entry at 9 points
+    return max(1, min(3, len(labels), int(width / widest)))
+
+
+def with_rows(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The figure with what it shows as rows of a table, in its attribute `rows`."""
+    figure.rows = [dict(row) for row in rows]
+    return figure
+
+
+def log_worthwhile(values: np.ndarray, ratio: float = 30.0) -> bool:
+    """Whether only a logarithmic scale shows them: all positive, and far apart."""
+    finite = values[np.isfinite(values)]
+    return bool(len(finite) and finite.min() > 0 and finite.max() > ratio * finite.min())
+
+
+def label_axes(axis: Axes, xlabel: str, ylabel: str, grid: str = "both") -> None:
+    """Labels, and grid lines along "x", "y" or "both"."""
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(True, axis=grid)

@@ -10,18 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape_fast.landscape._figure import new_figure, styled
+from landscape_fast.landscape._figure import (
+    DARK,
+    SERIES_COLOURS,
+    SERIES_MARKERS,
+    add_title,
+    legend_below,
+    new_figure,
+    numbers,
+    place_style,
+    styled,
+)
 from landscape_fast.ops._checks import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe-Ito; line styles and markers say the same without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#757575", "#E69F00", "#56B4E9")
-_LINES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DARK = "#222222"
 _FEW = 30  # points of a curve that get a marker each
 
 
@@ -67,18 +72,12 @@ def path_panels(
             require(len(x) == len(y) >= 1, "path_panels", f"path {name!r}", rule, len(y))
             handles[name] = _draw(axis, x, y, names.index(name), name)
         if levels is not None and quantity in levels:
-            style = {"color": _DARK, "lw": 1.1, "ls": (0, (1, 2)), "zorder": 1}
+            style = {"color": DARK, "lw": 1.1, "ls": (0, (1, 2)), "zorder": 1}
             handles[level_name] = axis.axhline(levels[quantity], label=level_name, **style)
         axis.set(xlabel=xlabel, ylabel=quantity)
         axis.grid(True)
-    figure.legend(
-        handles=list(handles.values()),
-        loc="outside lower center",
-        ncols=min(3, len(handles)),
-        fontsize=9,
-    )
-    if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold")
+    legend_below(figure, handles.values())
+    add_title(figure, title)
     return figure
 
 
@@ -132,12 +131,12 @@ def simplex_heat_map(
     levels = np.linspace(low, high if high > low else low + 1e-9, 21)
     filled = axis.tricontourf(x[finite], y[finite], values[finite], levels, cmap="viridis")
     figure.colorbar(filled, ax=axis, label=quantity, format="%.4g")
-    axis.scatter(x, y, s=9, color="white", edgecolors=_DARK, linewidths=0.5, zorder=3)
+    axis.scatter(x, y, s=9, color="white", edgecolors=DARK, linewidths=0.5, zorder=3)
     best = int(np.where(finite, values, -np.inf).argmax())
     axis.scatter(x[best], y[best], s=90, facecolors="none", edgecolors="#D55E00", lw=1.8, zorder=4)
     closed = torch.cat([plane, plane[:1]]).numpy()
     axis.plot(*closed.T, color="white", lw=2.6, zorder=2)
-    axis.plot(*closed.T, color=_DARK, lw=1.3, zorder=2)
+    axis.plot(*closed.T, color=DARK, lw=1.3, zorder=2)
     middle = plane.mean(0)
     for corner, name in zip(plane, corners, strict=True):
         at = corner + 0.09 * (corner - middle) / (corner - middle).norm()
@@ -148,8 +147,7 @@ def simplex_heat_map(
     axis.set_aspect("equal")
     axis.axis("off")
     axis.set_title(f"largest: {values[best]:.4g}, ringed", fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold")
+    add_title(figure, title)
     return figure
 
 
@@ -193,22 +191,31 @@ def cycle_panels(
         require(found == wanted, "cycle_panels", argument, f"[{wanted}]", [found])
     figure = new_figure(7.0, 6.6 + (0.3 if title else 0))
     rate, errors, distances = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1.4, 1])
-    rate.plot(epochs, lr, color=_COLOURS[0], lw=1.3)
+    rate.plot(epochs, lr, color=SERIES_COLOURS[0], lw=1.3)
     for at in collected:
         rate.axvline(at, color="#BBBBBB", lw=0.7, zorder=1)
     rate.set_ylabel("learning rate")
-    style = {"color": _COLOURS[0], "markersize": 9, "markerfacecolor": "none"}  # seen around others
-    errors.plot(collected, error, _MARKERS[0], label="collected network", **style)
-    errors.plot(collected, ensemble, f"{_MARKERS[1]}-", color=_COLOURS[1], label="ensemble so far")
+    style = {
+        "color": SERIES_COLOURS[0],
+        "markersize": 9,
+        "markerfacecolor": "none",
+    }  # seen around others
+    errors.plot(collected, error, SERIES_MARKERS[0], label="collected network", **style)
+    errors.plot(
+        collected,
+        ensemble,
+        f"{SERIES_MARKERS[1]}-",
+        color=SERIES_COLOURS[1],
+        label="ensemble so far",
+    )
     errors.set_ylabel("test error (%)")
     errors.legend(loc="best", fontsize=9)
-    distances.plot(collected[1:], apart, f"{_MARKERS[2]}-", color=_COLOURS[2])
+    distances.plot(collected[1:], apart, f"{SERIES_MARKERS[2]}-", color=SERIES_COLOURS[2])
     top = 1.15 * float(apart.max()) if len(apart) and apart.max() > 0 else 1.0
     distances.set(ylabel="distance from\nthe one before", xlabel="epoch", ylim=(0, top))
     for axis in (rate, errors, distances):
         axis.grid(True, axis="y")
-    if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold")
+    add_title(figure, title)
     return figure
 
 
@@ -217,9 +224,7 @@ def _draw(axis: Axes, x: np.ndarray, y: np.ndarray, place: int, name: str):
     (line,) = axis.plot(
         x,
         y,
-        _LINES[place % len(_LINES)],
-        color=_COLOURS[place % len(_COLOURS)],
-        marker=_MARKERS[place % len(_MARKERS)],
+        **place_style(place),
         markersize=4,
         markevery=max(1, len(x) // _FEW),
         lw=1.6,
@@ -229,4 +234,4 @@ def _draw(axis: Axes, x: np.ndarray, y: np.ndarray, place: int, name: str):
 
 
 def _numbers(values: Tensor | Sequence[float]) -> np.ndarray:
-    return torch.as_tensor(values).detach().double().cpu().numpy().reshape(-1)
+    return numbers(values).reshape(-1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from landscape_fast.landscape._figure import (
     MARKERS,
+    add_title,
     method_colour,
     method_name,
     new_figure,
@@ -70,8 +71,7 @@ def heat_maps(matrices: Mapping[str, Mapping[str, Tensor]], title: str = "") -> 
             image = _heat_map(axis, value, top)
             axis.set_title(f"{method_name(method)}: {_headline(value, unit)}")
         figure.colorbar(image, ax=axes[:, column], label=name, shrink=0.95, aspect=30)
-    if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold")
+    add_title(figure, title)
     return figure
 
 
@@ -114,8 +114,7 @@ def reliability_diagram(curves: Mapping[str, ReliabilityBins], title: str = "") 
         ncols=3,
         fontsize=9,
     )
-    if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold")
+    add_title(figure, title)
     return figure
 
 
@@ -153,7 +152,7 @@ def accuracy_diversity(
     low, high = float(everything.min()), float(everything.max())
     margin = max(0.35 * (high - low), 0.15 * (1 - low), 0.002)
     left, right = max(0.0, low - margin), min(1.0, high + margin)
-    top = _limits(axis, left, right, float(points[limits_of].base_accuracy), classes)
+    top = draw_limits(axis, left, right, float(points[limits_of].base_accuracy), classes)
     for place, (method, point) in enumerate(points.items()):
         _members(axis, point, method, place)
     finite = torch.cat([p.normalised for p in points.values()]).cpu()
@@ -214,7 +213,7 @@ def _members(axis: Axes, point: DiversityPoints, method: str, place: int) -> Non
             )
 
 
-def _limits(axis: Axes, left: float, right: float, base: float, classes: int) -> float:
+def draw_limits(axis: Axes, left: float, right: float, base: float, classes: int) -> float:
     """Draws both limits over [left, right]; returns the largest value of the upper one."""
     grid = torch.linspace(left, min(right, 1 - 1e-4), 400, dtype=torch.float64)
     upper = upper_limit(grid, base, classes) / (1 - grid)
