@@ -45,6 +45,10 @@ from landscape_fast.methods.swag import Swag
 from landscape_fast.methods.sweep import Sweep, SweepInterrupted, sweep
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 from landscape_fast.methods.trajectories import Trajectories, load_trajectories
+from landscape_fast.methods.tunnels import (
+    Tunnel,
+    find_tunnel,
+)
 
 __all__ = [
     "AnchorAdam",
@@ -67,6 +71,7 @@ __all__ = [
     "TrainingInterrupted",
     "Trajectories",
     "Tuning",
+    "Tunnel",
     "Uniform",
     "WeightedEnsemble",
     "average_prediction",
@@ -74,6 +79,7 @@ __all__ = [
     "curve_statistics",
     "ensemble_cross_entropy",
     "fge_learning_rate",
+    "find_tunnel",
     "fit",
     "gibbs_cross_entropy",
     "load_network",

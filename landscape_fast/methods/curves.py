@@ -35,7 +35,7 @@ def straight_line(start: nn.Module, end: nn.Module) -> Subspace:
         >>> segment.anchors.shape[0], segment.fixed.shape[0]
         (0, 2)
     """
-    _check_alike("straight_line", start, end)
+    check_alike("straight_line", start, end)
     return Subspace(start, [start, end], Line(), trained=[False, False])
 
 
@@ -60,7 +60,7 @@ def new_curve(
     op = "new_curve"
     require(kind in KINDS, op, "kind", f"one of {tuple(KINDS)}", repr(kind))
     require(whole(bends, 1), op, "bends", "an integer of at least 1", bends)
-    layout = _check_alike(op, start, end)
+    layout = check_alike(op, start, end)
     ends = layout.flatten_many([start, end])
     chord = line(torch.linspace(0, 1, bends + 2, dtype=torch.float64)[1:-1])
     middle = combine(chord.to(ends.device, torch.promote_types(ends.dtype, torch.float32)), ends)
@@ -323,7 +323,8 @@ class _CurveRun(Run):
         return self.model.draw_().model(x)
 
 
-def _check_alike(op: str, start: nn.Module, end: nn.Module) -> FlatLayout:
+def check_alike(op: str, start: nn.Module, end: nn.Module) -> FlatLayout:
+    """The layout that two networks have in common; an error for networks that have none."""
     layout = FlatLayout(start)
     require(FlatLayout(end) == layout, op, "end", "a network like start", type(end).__name__)
     return layout
