@@ -2,7 +2,11 @@
 
 from landscape_fast.landscape.diversity import (
     DiversityPoints,
+    FamilyCurve,
+    FamilyFit,
+    correlated_family,
     diversity_points,
+    fit_correlated_family,
     lower_limit,
     upper_limit,
 )
@@ -14,6 +18,7 @@ from landscape_fast.landscape.ensemble_plots import (
     size_curve_panels,
 )
 from landscape_fast.landscape.function_plots import diversity_plane, function_map, similarity_maps
+from landscape_fast.landscape.ood import OodReport, OodScores, out_of_distribution
 from landscape_fast.landscape.origins import (
     CycleDiversity,
     Origins,
@@ -40,6 +45,25 @@ from landscape_fast.landscape.projection import (
     grid_around,
     project,
 )
+from landscape_fast.landscape.samplers import (
+    DiagonalGaussian,
+    LowRankGaussian,
+    RandomDirections,
+    SubspaceSampler,
+    WeightDropout,
+)
+from landscape_fast.landscape.sampling import Accepted, sample_accepted
+from landscape_fast.landscape.shift import ShiftCurves, ShiftScores, under_shift
+from landscape_fast.landscape.similarity import (
+    ClusterDistances,
+    Similarity,
+    cluster_distances,
+    cluster_ratio,
+    function_distances,
+    similarity,
+    tsne,
+)
+from landscape_fast.landscape.size_curves import SizeCurve, size_curves
 from landscape_fast.metrics import (
     Diagnosis,
     PairDiversity,
@@ -50,18 +74,36 @@ from landscape_fast.metrics import (
 )
 
 __all__ = [
+    "Accepted",
+    "ClusterDistances",
     "CycleDiversity",
     "Diagnosis",
+    "DiagonalGaussian",
     "DiversityPoints",
+    "FamilyCurve",
+    "FamilyFit",
+    "LowRankGaussian",
+    "OodReport",
+    "OodScores",
     "Origins",
     "PairDiversity",
     "PathScores",
     "PlaneMap",
     "Projection",
+    "RandomDirections",
     "ReliabilityBins",
+    "ShiftCurves",
+    "ShiftScores",
+    "Similarity",
+    "SizeCurve",
+    "SubspaceSampler",
     "WedgeMap",
+    "WeightDropout",
     "accuracy_diversity",
     "along_path",
+    "cluster_distances",
+    "cluster_ratio",
+    "correlated_family",
     "cycle_comparison",
     "cycle_diversity",
     "cycle_panels",
@@ -69,6 +111,8 @@ __all__ = [
     "diversity_plane",
     "diversity_points",
     "filter_normalised_map",
+    "fit_correlated_family",
+    "function_distances",
     "function_map",
     "grid_around",
     "heat_maps",
@@ -77,17 +121,23 @@ __all__ = [
     "lower_limit",
     "map_plane",
     "ood_bars",
+    "out_of_distribution",
     "pair_diversity",
     "path_panels",
     "project",
     "radial_map",
     "reliability_bins",
     "reliability_diagram",
+    "sample_accepted",
     "shift_panels",
+    "similarity",
     "similarity_maps",
     "simplex_heat_map",
     "size_curve_panels",
+    "size_curves",
     "triangle_map",
+    "tsne",
+    "under_shift",
     "upper_limit",
     "wedge_map",
 ]

@@ -3,11 +3,20 @@
 Source: Fort et al. 2019 (arXiv:1912.02757), section 4.2 and appendix D.
 """
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from landscape_fast.ops._checks import require
+
+# Where the exponent is looked for: outside, the curves are the limits at 0 and infinity to more
+# digits than accuracies have.
+EXPONENTS = (1e-3, 1e3)
+_GOLDEN = (math.sqrt(5) - 1) / 2
+# Steps of golden sections: from a bracket down to the rounding of float64.
+_SECTIONS = 45
 
 
 class DiversityPoints(NamedTuple):
@@ -119,6 +128,177 @@ def lower_limit(accuracy: Tensor, base_accuracy: float, classes: int) -> Tensor:
     return limit.clamp(min=0)
 
 
-def _check_plane(op: str, base_accuracy: float, classes: int) -> None:
-    require(0 <= base_accuracy <= 1, op, "base_accuracy", "a fraction in [0, 1]", base_accuracy)
+class FamilyCurve(NamedTuple):
+    """Points of `correlated_family`.
+
+    Attributes:
+        accuracy: fraction, in the shape of `p`; so is `disagreement`.
+        disagreement: from the reference, fraction.
+    """
+
+    accuracy: Tensor
+    disagreement: Tensor
+
+
+def correlated_family(
+    p: Tensor, exponent: float, reference_accuracy: float, classes: int
+) -> FamilyCurve:
+    r"""Functions that keep what the reference has right rather than what it has wrong.
+
+    Of the reference's right labels a share p, and of its wrong labels a share p^e, is replaced by
+    any other class:
+
+    .. math:: d = a^* p + (1 - a^*) p^e, \qquad
+              a = a^* (1 - p) + (1 - a^*) \frac{p^e}{C - 1}
+
+    With e = 1 it is `lower_limit`; with e without end, where wrong labels stay, d = a* - a, the
+    least there can be; with e = 0 all wrong labels change at once. For e below 1 the accuracy first
+    rises above a* and then falls: p tells the points of the curve apart, a does not. `upper_limit`
+    is no member of the family.
+
+    Args:
+        p: any shape, shares in [0, 1] of the right labels that change.
+        exponent: e, at least 0; infinity too.
+        reference_accuracy: a*, a fraction.
+        classes: C, at least 2.
+
+    Returns:
+        `FamilyCurve`, in the shape and dtype of `p`.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: Fort et al. 2019 (arXiv:1912.02757), appendix D.3, which prints the two left-hand sides
+        the wrong way round.
+
+    Example:
+        >>> correlated_family(torch.tensor([0.0, 0.1]), 1.0, 0.7, 10)
+        FamilyCurve(accuracy=tensor([0.7000, 0.6333]), disagreement=tensor([0.0000, 0.1000]))
+    """
+    op = "correlated_family"
+    _check_plane(op, reference_accuracy, classes, "reference_accuracy")
+    require(exponent >= 0, op, "exponent", "at least 0", exponent)
+    inside = bool(((p >= 0) & (p <= 1)).all())
+    require(inside, op, "p", "in [0, 1]", "numbers outside")
+    return FamilyCurve(*_family(p, p.pow(exponent), reference_accuracy, classes))
+
+
+def _family(right: Tensor, wrong: Tensor, a: float, classes: int) -> tuple[Tensor, Tensor]:
+    """Accuracy and disagreement where these shares of right and wrong labels are replaced."""
+    accuracy = a * (1 - right) + (1 - a) * wrong / (classes - 1)
+    return accuracy, a * right + (1 - a) * wrong
+
+
+class FamilyFit(NamedTuple):
+    """The curve of `correlated_family` nearest to S points.
+
+    Attributes:
+        exponent: e.
+        p: [S] float64, where on the curve each point's nearest one is; so are the next three.
+        accuracy: [S], of that nearest point.
+        disagreement: [S], of that nearest point.
+        distance: [S], from the point to it, in the plane of accuracy and disagreement.
+        rmse: root of the mean squared distance.
+        reference_accuracy: a*.
+        classes: C.
+    """
+
+    exponent: float
+    p: Tensor
+    accuracy: Tensor
+    disagreement: Tensor
+    distance: Tensor
+    rmse: float
+    reference_accuracy: float
+    classes: int
+
+
+def fit_correlated_family(
+    accuracy: Tensor, disagreement: Tensor, reference_accuracy: float, classes: int
+) -> FamilyFit:
+    """The exponent whose curve lies nearest to S points, by the squares of their distances.
+
+    A point's distance is that to the nearest point of the curve, found in p: the accuracy is never
+    inverted, for a curve may have one accuracy twice.
+
+    Args:
+        accuracy: [S] fractions.
+        disagreement: [S] fractions, from the reference, not normalised; not all 0, where every
+            curve fits.
+        reference_accuracy: a*.
+        classes: C, at least 2.
+
+    Returns:
+        `FamilyFit`, on the CPU. An exponent at an end of `EXPONENTS` means the limit beyond it.
+
+    Raises:
+        ValueError: if shapes disagree or a number is out of range.
+
+    Cost: some hundred distances of every point to a curve; a fraction of a second for hundreds.
+
+    Source: Fort et al. 2019 (arXiv:1912.02757), appendix D.3 and figure S6, where e = 0.22.
+
+    Example:
+        >>> curve = correlated_family(torch.linspace(0, 0.3, 7).double(), 0.25, 0.7, 10)
+        >>> fit = fit_correlated_family(*curve, 0.7, 10)
+        >>> round(fit.exponent, 6), fit.rmse < 1e-6
+        (0.25, True)
+    """
+    op = "fit_correlated_family"
+    _check_plane(op, reference_accuracy, classes, "reference_accuracy")
+    good = accuracy.ndim == 1 and len(accuracy) >= 1
+    require(good, op, "accuracy", "[S] with S at least 1", list(accuracy.shape))
+    same, rule = disagreement.shape == accuracy.shape, f"[S] with S = {len(accuracy)}"
+    require(same, op, "disagreement", rule, list(disagreement.shape))
+    points = torch.stack([accuracy, disagreement]).double().cpu()
+    for name, values in zip(("accuracy", "disagreement"), points, strict=True):
+        require(bool(((values >= 0) & (values <= 1)).all()), op, name, "in [0, 1]", values.tolist())
+    some = bool((points[1] > 0).any())
+    require(some, op, "disagreement", "above 0 for some point", "0 for all")
+    about = (reference_accuracy, classes)
+
+    def loss(log_e: float) -> float:
+        return float(_nearest(points, math.exp(log_e), *about)[1].square().sum())
+
+    low, high = (math.log(e) for e in EXPONENTS)
+    grid = torch.linspace(low, high, 57).tolist()
+    at = min(range(len(grid)), key=[loss(log_e) for log_e in grid].__getitem__)
+    left, right = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
+    for _ in range(_SECTIONS):
+        step = _GOLDEN * (right - left)
+        if loss(right - step) <= loss(left + step):
+            right = left + step
+        else:
+            left = right - step
+    exponent = math.exp((left + right) / 2)
+    p, distance = _nearest(points, exponent, *about)
+    found = _family(p, p.pow(exponent), *about)
+    rmse = float(distance.square().mean().sqrt())
+    return FamilyFit(exponent, p, *found, distance, rmse, *about)
+
+
+def _nearest(points: Tensor, e: float, a: float, classes: int) -> tuple[Tensor, Tensor]:
+    """Where on the curve the points [2, S] have their nearest ones, [S], and how far these are."""
+
+    def away(p: Tensor) -> Tensor:  # [G] or [S, G] -> [S, G]
+        curve = torch.stack(_family(p, p.pow(e), a, classes))
+        return (curve.view(2, -1, p.shape[-1]) - points[..., None]).square().sum(0)
+
+    # Even in p and in p^e: one of them moves where the other stands still.
+    even = torch.linspace(0, 1, 257, dtype=torch.float64)
+    grid = torch.cat([even, even.pow(1 / e)]).sort().values
+    at = away(grid).argmin(1)
+    left, right = grid[(at - 1).clamp(min=0)], grid[(at + 1).clamp(max=len(grid) - 1)]
+    for _ in range(_SECTIONS):
+        step = _GOLDEN * (right - left)
+        inner = torch.stack([right - step, left + step], 1)
+        lower, upper = away(inner).unbind(1)
+        first = lower <= upper
+        left, right = torch.where(first, left, inner[:, 0]), torch.where(first, inner[:, 1], right)
+    p = (left + right) / 2
+    return p, away(p[:, None])[:, 0].sqrt()
+
+
+def _check_plane(op: str, accuracy: float, classes: int, name: str = "base_accuracy") -> None:
+    require(0 <= accuracy <= 1, op, name, "a fraction in [0, 1]", accuracy)
     require(classes >= 2, op, "classes", "at least 2", classes)
