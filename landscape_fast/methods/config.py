@@ -30,7 +30,7 @@ class TrainConfig:
             after every `step_epochs` epochs, or at `milestones`) or "hold_linear" (`hold_linear`
             with the factor 0.01, a value per epoch: Garipov et al. 2018).
         step_epochs: epochs between two drops of the "step" schedule without milestones.
-        step_factor: factor of one drop.
+        step_factor: factor of one drop; or one for each of `milestones`.
         milestones: numbers of finished epochs at which the "step" schedule drops; () for every
             `step_epochs`.
         warmup_epochs: linear rise from 0 at the start; may be a fraction.
@@ -59,7 +59,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     schedule: str = "cosine"
     step_epochs: int = 10
-    step_factor: float = 0.5
+    step_factor: float | tuple[float, ...] = 0.5
     milestones: tuple[int, ...] = ()
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
@@ -74,12 +74,14 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "step_epochs"):
             self._require(name, whole(getattr(self, name), 1), "an integer of at least 1")
         self._require("seed", whole(self.seed, 0), "a non-negative integer")
+        for name in ("milestones", "step_factor"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("lr", "step_factor", "fast_lr_mult"):
-            self._require(
-                name,
-                _is_number(getattr(self, name)) and getattr(self, name) > 0,
-                "a finite number above 0",
-            )
+            given = getattr(self, name)
+            each = given if name == "step_factor" and isinstance(given, tuple) else (given,)
+            ok = all(_is_number(number) and number > 0 for number in each)
+            self._require(name, ok, "a finite number above 0")
         for name in ("weight_decay", "fast_weight_decay", "warmup_epochs"):
             self._require(
                 name,
@@ -98,8 +100,6 @@ class TrainConfig:
             "at most epochs",
             f"with epochs {self.epochs}",
         )
-        if isinstance(self.milestones, list):  # as JSON has it
-            object.__setattr__(self, "milestones", tuple(self.milestones))
         self._require(
             "milestones",
             isinstance(self.milestones, tuple)
@@ -113,6 +113,10 @@ class TrainConfig:
             "() unless the schedule is 'step'",
             f"with schedule {self.schedule!r}",
         )
+        if isinstance(self.step_factor, tuple):
+            count = len(self.milestones)
+            ok = 0 < count == len(self.step_factor)
+            self._require("step_factor", ok, f"a number, or one for each of {count} milestones")
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {OPTIMIZERS}")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}")
         for name, known in (
@@ -139,6 +143,8 @@ class TrainConfig:
         if self.schedule == "step":
             epoch = step // steps_per_epoch
             drops = sum(epoch >= milestone for milestone in self.milestones)
+            if isinstance(self.step_factor, tuple):
+                return math.prod(self.step_factor[:drops])
             return self.step_factor ** (drops if self.milestones else epoch // self.step_epochs)
         if self.schedule == "hold_linear":
             return hold_linear(step // steps_per_epoch / self.epochs, 0.01)

@@ -19,6 +19,8 @@ BAD = [
     ("member_bias", "shared", "one of"),
     ("member_batches", "tiled", "one of"),
     ("augment", "mixup", "one of"),
+    ("step_factor", (0.5, -0.1), "a finite number above 0"),
+    ("step_factor", (0.5, 0.1), "a number, or one for each of 0 milestones"),
     ("milestones", (2, 2), "rising integers of at least 1"),
     ("milestones", (0, 2), "rising integers of at least 1"),
     ("milestones", 3, "rising integers of at least 1"),
@@ -57,6 +59,13 @@ def test_milestones_say_after_how_many_epochs_the_rate_drops():
     assert factors(schedule="step", milestones=(1, 3, 9), step_factor=0.1) == expected
     # as a JSON file has them
     assert TrainConfig(schedule="step", milestones=[1, 3]).milestones == (1, 3)
+
+
+def test_each_milestone_may_have_a_factor_of_its_own():
+    options = {"schedule": "step", "milestones": (1, 3), "step_factor": [0.1, 0.5]}
+    assert factors(**options) == [1.0] * 5 + [0.1] * 10 + [0.1 * 0.5] * 5
+    with pytest.raises(ValueError, match="one for each of 2 milestones; got .0.1,."):
+        TrainConfig(schedule="step", milestones=(1, 3), step_factor=(0.1,))
 
 
 def test_cosine_falls_from_one_to_almost_zero():
