@@ -50,8 +50,10 @@ def test_demo_prints_a_table_and_writes_it_with_three_figures(tmp_path, capsys):
     before = torch.get_num_threads()
     code, out, err = run(capsys, "demo", "--out", tmp_path / "o", "--epochs", 3, "--device", "cpu")
     assert code == 0 and torch.get_num_threads() == before
-    files = ["accuracy_diversity.png", "heat_maps.png", "reliability.png", "results.csv"]
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [*files, "results.json"]
+    names = ("accuracy_diversity", "heat_maps", "reliability")
+    files = [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
+    files += ["results.csv", "results.json"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == files
     lines = out.splitlines()
     assert lines[0].startswith("digits: 1,442 training and 355 test rows; mlp, adam")
     table = {line.split()[0]: line.split() for line in lines[4:7]}

@@ -193,14 +193,12 @@ def cycle_comparison(
             for n, d in enumerate(value)
         ]
     figure = new_figure(0.8 + 3.6 * len(panels), 3.9 + (0.3 if title else 0))
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     styles = series_styles(name for groups in panels.values() for name in groups)
     for axis, (panel, groups) in zip(axes, panels.items(), strict=True):
         _groups(axis, groups, styles)
         axis.set_title(panel)
     axes[0].set_ylabel("Disagreement (% of rows)")
-    top = max(float(np.nanmax(value)) for groups in panels.values() for value in groups.values())
-    axes[0].set_ylim(0, 112 * top or 1.0)
     add_title(figure, title)
     return with_rows(figure, rows)
 
@@ -274,7 +272,7 @@ def _grouped_bars(panels, groups: Sequence[str], keys: tuple, xlabel: str, title
                     high = max([mean + np.nan_to_num(spread), *repeats])
                     text = "0" if mean == 0 else short_number(mean)
                     axis.annotate(
-                        text, (x, high), xytext=(0, 3), textcoords="offset points", ha="center",
+                        text, (x, high), xytext=(0, 4), textcoords="offset points", ha="center",
                         fontsize=8, rotation=90 if crowded else 0,
                     )  # fmt: skip
             rows += [
@@ -319,6 +317,6 @@ def _groups(axis: Axes, groups: Mapping[str, np.ndarray], styles: Mapping) -> No
         text = short_number(float(value.mean())) + ("" if len(value) < 2 else f" ± {spread:.2g}")
         labels.append(f"{method_name(name)}\n{text} %")
     axis.set_xticks(places, labels)
-    axis.set_xlim(-0.5, len(groups) - 0.5)
+    axis.set(xlim=(-0.5, len(groups) - 0.5), ylim=(0, 1.12 * np.nanmax(values, initial=0) or 1))
     axis.tick_params(axis="x", length=0)
     axis.grid(True, axis="y")

@@ -171,10 +171,9 @@ def write_texts(directory: Path, texts: Mapping[str, str]) -> list[Path]:
 
 
 def write_figures(directory: Path, results: dict[str, Result], dataset: Dataset) -> list[Path]:
-    """Writes the figures as PNG and returns their paths.
+    """Writes the figures as PNG and PDF and returns their paths.
 
-    reliability.png always; heat_maps.png and accuracy_diversity.png where a method has several
-    members.
+    reliability always; heat_maps and accuracy_diversity where a method has several members.
 
     Raises:
         ImportError: without matplotlib.
@@ -207,12 +206,38 @@ def write_figures(directory: Path, results: dict[str, Result], dataset: Dataset)
     return save_figures(directory, figures)
 
 
-def save_figures(directory: Path, figures: Mapping[str, Any]) -> list[Path]:
-    """Writes each matplotlib figure to the PNG file of its name; returns their paths."""
+def save_figures(
+    directory: Path,
+    figures: Mapping[str, Any],
+    data: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+) -> list[Path]:
+    """Writes each matplotlib figure as PNG and as PDF, and what it shows as CSV beside them.
+
+    Args:
+        directory: made if it does not exist.
+        figures: name of the files to the figure.
+        data: name to the rows of its CSV; without any, the rows that the figure carries in its
+            attribute `rows`, as those of `landscape_fast.landscape` do. A figure with neither has
+            no CSV.
+
+    Returns:
+        The paths: name.png, name.pdf and, where there are rows, name.csv of one figure after the
+        other. Files hold no times: a figure that is drawn again has the same bytes.
+    """
+    import matplotlib
+
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=150)
+    paths, options = [], {"png": {"dpi": 150}, "pdf": {"metadata": {"CreationDate": None}}}
+    for name, figure in figures.items():
+        for suffix, option in options.items():
+            path, temporary = directory / f"{name}.{suffix}", directory / f".{name}.tmp"
+            with matplotlib.rc_context({"pdf.fonttype": 42}):  # letters stay text in the PDF
+                figure.savefig(temporary, format=suffix, **option)
+            os.replace(temporary, path)
+            paths.append(path)
+        rows = (data or {}).get(name) or getattr(figure, "rows", None)
+        if rows:
+            paths += write_texts(directory, {f"{name}.csv": to_csv(rows)})
     return paths
 
 

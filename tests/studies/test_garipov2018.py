@@ -117,7 +117,7 @@ def test_files_hold_the_same_numbers(made):
     out, document = made
     files = {"criteria.csv", "paths.csv", "points.csv", "results.csv", "results.json",
              "results.md", "runs.csv"}  # fmt: skip
-    assert set(os.listdir(out)) - {"paths.png", "checkpoints"} == files
+    assert set(os.listdir(out)) - {"paths.png", "paths.pdf", "checkpoints"} == files
     stored = json.loads((out / "results.json").read_text())
     for name in ("rows", "paths", "points", "criteria", "runs"):
         assert stored[name] == document[name]

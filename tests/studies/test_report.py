@@ -166,9 +166,9 @@ def pixels(path):
 def test_figures_are_written_and_not_blank(results, dataset, tmp_path):
     pytest.importorskip("matplotlib")
     paths = report.write_figures(tmp_path, results, dataset)
-    names = ["heat_maps.png", "reliability.png", "accuracy_diversity.png"]
-    assert [p.name for p in paths] == names
-    for path in paths:
+    names = ["heat_maps", "reliability", "accuracy_diversity"]
+    assert [p.name for p in paths] == [f"{n}.{kind}" for n in names for kind in ("png", "pdf")]
+    for path in paths[::2]:
         image = pixels(path)
         assert min(image.shape[:2]) > 400
         assert (image.reshape(-1, 3).min(axis=1) < 0.9).mean() > 0.01, path  # ink
@@ -204,4 +204,37 @@ def test_figures_get_the_data_of_the_results(results, dataset, tmp_path, monkeyp
 def test_a_single_network_has_one_figure(results, dataset, tmp_path):
     pytest.importorskip("matplotlib")
     single = {"single": results["single"]}
-    assert [p.name for p in report.write_figures(tmp_path, single, dataset)] == ["reliability.png"]
+    written = [p.name for p in report.write_figures(tmp_path, single, dataset)]
+    assert written == ["reliability.png", "reliability.pdf"]
+
+
+def drawn(rows=None):
+    from landscape_fast.landscape import _figure
+
+    figure = _figure.new_figure(3, 2)
+    figure.subplots().plot([0, 1], [2, 3])
+    return figure if rows is None else _figure.with_rows(figure, rows)
+
+
+def test_a_figure_has_its_vector_file_and_its_data_beside_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    own = [{"x": 0, "y": 0.1 + 0.2}, {"x": 1, "y": None}]
+    figures = {"bare": drawn(), "own": drawn(own), "given": drawn(own)}
+    paths = report.save_figures(tmp_path / "new", figures, {"given": [{"z": 7}]})
+    assert [p.name for p in paths] == [
+        "bare.png", "bare.pdf", "own.png", "own.pdf", "own.csv", "given.png", "given.pdf",
+        "given.csv",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in paths)
+    assert (tmp_path / "new" / "own.csv").read_text() == f"x,y\n0,{0.1 + 0.2!r}\n1,\n"
+    assert (tmp_path / "new" / "given.csv").read_text() == "z\n7\n"
+    pdf = (tmp_path / "new" / "own.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf and b"Type3" not in pdf
+
+
+def test_figures_drawn_again_have_the_same_bytes(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    first = report.save_figures(tmp_path / "a", {"f": drawn()})
+    second = report.save_figures(tmp_path / "b", {"f": drawn()})
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
