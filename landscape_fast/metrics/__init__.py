@@ -9,8 +9,10 @@ import importlib
 from landscape_fast.metrics import functional
 from landscape_fast.metrics.diversity import Diagnosis, diagnose
 from landscape_fast.metrics.functional import *  # noqa: F403  its __all__ is part of ours
+from landscape_fast.metrics.streaming import DivergenceAccumulator, SummaryAccumulator
 
-__all__ = ["Diagnosis", "diagnose"] + functional.__all__
+__all__ = ["Diagnosis", "DivergenceAccumulator", "SummaryAccumulator", "diagnose"]
+__all__ += functional.__all__
 
 
 def __getattr__(name):
