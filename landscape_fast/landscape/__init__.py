@@ -1,5 +1,11 @@
 """What an ensemble looks like: how its members differ, how its confidence fits, and the figures."""
 
+from landscape_fast.landscape.curvature import (
+    CurvaturePath,
+    curvature_along,
+    hessian_top_eigenvalues,
+    hessian_trace,
+)
 from landscape_fast.landscape.diversity import (
     DiversityPoints,
     FamilyCurve,
@@ -76,6 +82,7 @@ from landscape_fast.metrics import (
 __all__ = [
     "Accepted",
     "ClusterDistances",
+    "CurvaturePath",
     "CycleDiversity",
     "Diagnosis",
     "DiagonalGaussian",
@@ -104,6 +111,7 @@ __all__ = [
     "cluster_distances",
     "cluster_ratio",
     "correlated_family",
+    "curvature_along",
     "cycle_comparison",
     "cycle_diversity",
     "cycle_panels",
@@ -116,6 +124,8 @@ __all__ = [
     "function_map",
     "grid_around",
     "heat_maps",
+    "hessian_top_eigenvalues",
+    "hessian_trace",
     "init_or_shuffle",
     "init_shuffle_bars",
     "lower_limit",

@@ -292,7 +292,7 @@ def filter_normalised_map(
     centre = layout.flatten(model if weights is None else weights).to(device)
     random = [
         torch.randn(layout.P, generator=torch.Generator().manual_seed(s))
-        for s in (stream_seed(seed, 0, "posterior", index) for index in range(2))
+        for s in (stream_seed(seed, 0, "probe", index) for index in range(2))
     ]
     # a pad counts for no filter, so that what is drawn there is of no consequence
     noise = torch.stack(random).to(device, layout.dtype)

@@ -16,6 +16,7 @@ _PURPOSES = {
     "search": 6,
     "tune": 7,
     "posterior": 8,
+    "probe": 9,
 }
 
 
@@ -27,8 +28,9 @@ def stream_seed(seed: int, stream: int, purpose: str, *index: int) -> int:
         stream: which network of the run (the member of a deep ensemble).
         purpose: "init" (initial weights), "order" (rows of an epoch), "member order" (rows of an
             epoch for one member), "augment" (random crops), "noise" (dropout), "split" (which rows
-            are held out), "search" (settings of a trial), "tune" (steps on rows held out) or
-            "posterior" (noise of a sampler, samples of a Gaussian).
+            are held out), "search" (settings of a trial), "tune" (steps on rows held out),
+            "posterior" (noise of a sampler, samples of a Gaussian) or "probe" (directions in which
+            a landscape is measured).
         index: counters within the purpose, for instance the epoch; none is the same as 0.
 
     Returns:

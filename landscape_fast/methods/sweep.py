@@ -161,7 +161,7 @@ def sweep(
     models = _Models(model, x, calibration, statistics, batch_size)
     y = y.to(models.device)
     # the ends alone would be those of every curve between them
-    some = [_given(weights, s, s + 1, models) for s in dict.fromkeys((0, count // 2, count - 1))]
+    some = [models.given(weights, s, s + 1) for s in dict.fromkeys((0, count // 2, count - 1))]
     M = models.choose(count, some[0]) if auto else min(per_pass, count)
     identity = {
         "model": describe_model(model),
@@ -185,7 +185,7 @@ def sweep(
             while record.done < count:
                 stop = min(count, record.done + M)
                 bar.step(stop - record.done)
-                record.add(models.logits(_given(weights, record.done, stop, models)))
+                record.add(models.logits(models.given(weights, record.done, stop)))
                 end = record.done == count or interrupted.is_set()
                 save = end or time.monotonic() - saved > SECONDS_BETWEEN_SAVES
                 if checkpoint is not None and save:
@@ -260,30 +260,20 @@ class _Models:
     """One plain network and one that holds several; both take weights and give logits."""
 
     def __init__(self, model, x, calibration, statistics, batch_size):
-        op, modes = "sweep", (*MODES, "none")
-        require(statistics in modes, op, "statistics", f"one of {modes}", repr(statistics))
         self.layout, self.batch_size = FlatLayout(model), batch_size
         self.device = next(model.parameters()).device
         self.network = copy.deepcopy(model).eval().requires_grad_(False)
-        normed = bool(batch_norms(self.network))
-        bare = statistics != "none" or not normed
-        require(bare, op, "statistics", f"one of {MODES} for a network with batch norms", "'none'")
-        self.rows = None
-        if normed:
-            statistics_mode_(self.network, statistics)
-            if statistics == "recalibrate":
-                rule, got = "rows [N, ...] for statistics='recalibrate'", type(calibration).__name__
-                require(isinstance(calibration, Tensor), op, "calibration", rule, got)
-                same = calibration.shape[1:] == x.shape[1:] and len(calibration) > 0
-                rule = f"[N, {', '.join(map(str, x.shape[1:]))}], as x"
-                require(same, op, "calibration", rule, list(calibration.shape))
-                self.rows = calibration.to(self.device)
+        self.rows = set_norms("sweep", self.network, x, calibration, statistics)
         self.x = x.to(self.device)
         self.point = torch.zeros(self.layout.P, dtype=self.layout.dtype, device=self.device)
         views = self.layout.views(self.point)
         for name, parameter in self.network.named_parameters():
             parameter.data = views[name]
         self.stacks: dict[int, StackedEnsemble] = {}
+
+    def given(self, weights: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
+        """The weights of some models, [stop - start, P] on their device."""
+        return given_weights("sweep", weights, start, stop, self.layout, self.device)
 
     def choose(self, count: int, weights: Tensor) -> int:
         """How many models to run together."""
@@ -328,15 +318,42 @@ class _Models:
         return torch.cat(parts, -2 if parts[0].ndim > 1 else 0)
 
 
-def _given(weights: Callable, start: int, stop: int, models: _Models) -> Tensor:
-    """The weights of some models, [stop - start, P] on their device."""
-    op, argument, P = "sweep", f"weights({start}, {stop})", models.layout.P
+def set_norms(
+    op: str, network: nn.Module, x: Tensor, calibration: Tensor | None, statistics: str
+) -> Tensor | None:
+    """Sets which statistics batch norms use; the rows to take them from, on the device, or None."""
+    modes, normed = (*MODES, "none"), bool(batch_norms(network))
+    require(statistics in modes, op, "statistics", f"one of {modes}", repr(statistics))
+    bare = statistics != "none" or not normed
+    require(bare, op, "statistics", f"one of {MODES} for a network with batch norms", "'none'")
+    if not normed:
+        return None
+    statistics_mode_(network, statistics)
+    if statistics != "recalibrate":
+        return None
+    rule, got = "rows [N, ...] for statistics='recalibrate'", type(calibration).__name__
+    require(isinstance(calibration, Tensor), op, "calibration", rule, got)
+    same = calibration.shape[1:] == x.shape[1:] and len(calibration) > 0
+    rule = f"[N, {', '.join(map(str, x.shape[1:]))}], as x"
+    require(same, op, "calibration", rule, list(calibration.shape))
+    return calibration.to(next(network.parameters()).device)
+
+
+def given_weights(
+    op: str,
+    weights: Callable[[int, int], Tensor],
+    start: int,
+    stop: int,
+    layout: FlatLayout,
+    device: torch.device,
+) -> Tensor:
+    """What `weights(start, stop)` returns, [stop - start, P] on the device, or an error."""
+    argument, rule = f"weights({start}, {stop})", f"[{stop - start}, P] with P = {layout.P}"
     rows: Any = weights(start, stop)
-    rule = f"[{stop - start}, P] with P = {P}"
     if not isinstance(rows, Tensor):
         raise TypeError(message(op, argument, f"a Tensor {rule}", type(rows).__name__))
-    require(rows.shape == (stop - start, P), op, argument, rule, list(rows.shape))
-    return rows.to(models.device, models.layout.dtype)
+    require(rows.shape == (stop - start, layout.P), op, argument, rule, list(rows.shape))
+    return rows.to(device, layout.dtype)
 
 
 def _labels(logits: Tensor) -> Tensor:
