@@ -38,6 +38,12 @@ from landscape_fast.landscape.paths import (
     along_path,
     wedge_map,
 )
+from landscape_fast.landscape.plane_plots import (
+    curvature_panel,
+    plane_panels,
+    tunnel_panels,
+    wedge_panels,
+)
 from landscape_fast.landscape.planes import (
     PlaneMap,
     filter_normalised_map,
@@ -112,6 +118,7 @@ __all__ = [
     "cluster_ratio",
     "correlated_family",
     "curvature_along",
+    "curvature_panel",
     "cycle_comparison",
     "cycle_diversity",
     "cycle_panels",
@@ -134,6 +141,7 @@ __all__ = [
     "out_of_distribution",
     "pair_diversity",
     "path_panels",
+    "plane_panels",
     "project",
     "radial_map",
     "reliability_bins",
@@ -147,7 +155,9 @@ __all__ = [
     "size_curves",
     "triangle_map",
     "tsne",
+    "tunnel_panels",
     "under_shift",
     "upper_limit",
     "wedge_map",
+    "wedge_panels",
 ]

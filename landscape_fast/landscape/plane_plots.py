@@ -1,0 +1,395 @@
+"""Figures of planes, wedges, tunnels and curvature: what lies between solutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from landscape_fast.landscape._figure import (
+    DARK,
+    NO_VALUE,
+    SERIES_COLOURS,
+    add_title,
+    checked,
+    label_axes,
+    legend_below,
+    legend_height,
+    log_worthwhile,
+    method_name,
+    new_figure,
+    place_style,
+    series_styles,
+    styled,
+    with_rows,
+)
+from landscape_fast.ops._checks import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LEVELS = 21
+_PINK = "#F4B6D2"  # light: it stands out from both ends of viridis and cividis under a dark rim
+
+
+@styled
+def plane_panels(
+    x: Tensor,
+    y: Tensor,
+    fields: Mapping[str, Tensor],
+    anchors: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    trajectories: Mapping[str, Tensor] | None = None,
+    samples: Mapping[str, Tensor] | None = None,
+    origin: Sequence[float] | None = (0.0, 0.0),
+    limits: Mapping[str, tuple[float, float]] | None = None,
+    labels: tuple[str, str] = ("Along the first axis", "Along the second axis"),
+    title: str = "",
+) -> Figure:
+    """Quantities over a plane of weight space, with what was found and drawn in it.
+
+    Args:
+        x: [W] coordinates along the first axis, in units of weight space, ascending.
+        y: [H] along the second.
+        fields: label of a quantity, with its unit, to its values [H, W]. Cells without a number
+            stay grey; positive values far apart get a logarithmic colour scale.
+        anchors: [A, 2], where solutions lie; numbered crosses.
+        names: [A] of the anchors; "1", "2", ... if None.
+        trajectories: name to positions [T, 2] in the order of training, with arrows; at most
+            seven are told apart by colour.
+        samples: name to positions [n, 2]; light points of one marker for each name.
+        origin: where the origin of weight space lies; None in a plane that does not hold it.
+        limits: label to (low, high) of its colours; the range of its values without any.
+        labels: of the two axes.
+        title: heading of the figure.
+
+    Returns:
+        A Figure, at most three panels in a row, each with a colour bar; all share their axes.
+        `rows`: x, y and one column for each field.
+
+    Raises:
+        ValueError: if shapes disagree, or without a field.
+
+    Source: Fort et al. 2019 (arXiv:1912.02757), figures 5 and S1.
+    """
+    op = "plane_panels"
+    require(len(fields) >= 1, op, "fields", "of at least one quantity", "none")
+    x, y = checked(x, op, "x", "W", None), checked(y, op, "y", "H", None)
+    for name, axis in (("x", x), ("y", y)):
+        ascending = len(axis) > 1 and bool((np.diff(axis) > 0).all())
+        require(ascending, op, name, "ascending, two values at least", axis.tolist()[:5])
+    maps = {
+        label: checked(value, op, f"field {label!r}", "H, W", len(y), len(x))
+        for label, value in fields.items()
+    }
+    anchors = checked(
+        np.zeros((0, 2)) if anchors is None else anchors, op, "anchors", "A, 2", None, 2
+    )
+    names = [str(a + 1) for a in range(len(anchors))] if names is None else list(names)
+    require(len(names) == len(anchors), op, "names", f"[A] with A = {len(anchors)}", [len(names)])
+    paths = _positions(op, "trajectory", trajectories)
+    clouds = _positions(op, "samples", samples)
+
+    columns = min(3, len(maps)) if len(maps) != 4 else 2
+    lines = math.ceil(len(maps) / columns)
+    shape = min(1.6, max(0.5, float(np.ptp(y) / np.ptp(x))))
+    entries = [method_name(name) for name in (*paths, *clouds)]
+    width = 4.4 * columns if columns > 1 else 5.6
+    height = lines * (3.2 * shape + 0.8) + legend_height(entries, width) * bool(entries)
+    figure = new_figure(width, height + (0.3 if title else 0))
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axis, (label, value) in zip(axes.flat, maps.items(), strict=False):
+        _filled(axis, (x, y), value, label, (limits or {}).get(label))
+        handles = _marks(axis, paths, clouds)
+        _points(axis, anchors, names, origin)
+        axis.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), aspect="equal")
+        axis.set_title(label, fontsize=10)
+    for axis in axes.flat[len(maps) :]:
+        axis.set_visible(False)
+    figure.supxlabel(labels[0], fontsize=10)
+    figure.supylabel(labels[1], fontsize=10)
+    if handles:
+        legend_below(figure, handles)
+    add_title(figure, title)
+    return with_rows(figure, [
+        {"x": float(x[j]), "y": float(y[i])} | {k: float(v[i, j]) for k, v in maps.items()}
+        for i in range(len(y)) for j in range(len(x))])  # fmt: skip
+
+
+@styled
+def wedge_panels(
+    angle: Tensor,
+    radius: Tensor,
+    fields: Mapping[str, Tensor],
+    nodes: Tensor | None = None,
+    path: Tensor | None = None,
+    limits: Mapping[str, tuple[float, float]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Quantities over the wedges that a path spans with the origin, in polar coordinates.
+
+    Args:
+        angle: [S] radians from the start of the path.
+        radius: [R, S], norms of the weights.
+        fields: label of a quantity, with its unit, to its values [R, S].
+        nodes: [T, 2], angle and radius of the nodes of the path; its ends are marked 1 and 2.
+        path: [S], the norm along the path itself.
+        limits: label to (low, high) of its colours; the range of its values without any.
+        title: heading of the figure.
+
+    Returns:
+        A Figure of fans side by side, at most two in a row, each with a colour bar. `rows`: angle,
+        radius and one column for each field.
+
+    Raises:
+        ValueError: if shapes disagree, or without a field.
+
+    Source: Fort et al. 2019 (arXiv:1912.02757), figure S3.
+    """
+    op = "wedge_panels"
+    require(len(fields) >= 1, op, "fields", "of at least one quantity", "none")
+    angle = checked(angle, op, "angle", "S", None)
+    radius = checked(radius, op, "radius", "R, S", None, len(angle))
+    enough = min(radius.shape) > 1
+    require(enough, op, "radius", "[R, S] with both 2 at least", list(radius.shape))
+    maps = {
+        label: checked(value, op, f"field {label!r}", "R, S", *radius.shape)
+        for label, value in fields.items()
+    }
+    nodes = None if nodes is None else checked(nodes, op, "nodes", "T, 2", None, 2)
+    path = None if path is None else checked(path, op, "path", "S", len(angle))
+    columns = min(2, len(maps))
+    lines = math.ceil(len(maps) / columns)
+    figure = new_figure(5.6 * columns, 4.4 * lines + (0.3 if title else 0))
+    polar = {"projection": "polar"}
+    axes = figure.subplots(lines, columns, squeeze=False, subplot_kw=polar)
+    grid = np.broadcast_to(angle, radius.shape)
+    for axis, (label, value) in zip(axes.flat, maps.items(), strict=False):
+        _filled(axis, (grid, radius), value, label, (limits or {}).get(label))
+        if path is not None:
+            axis.plot(angle, path, color="white", lw=3.0)
+            axis.plot(angle, path, color=DARK, lw=1.4, label="path")
+        if nodes is not None:
+            axis.plot(*nodes.T, "o", color="white", mec=DARK, ms=4.5)
+            for place, name in ((0, "1"), (-1, "2")):
+                _named(axis, nodes[place], name, (10, 8))
+        axis.set_thetamin(math.degrees(min(0.0, float(angle.min()))))
+        axis.set_thetamax(math.degrees(float(angle.max())))
+        axis.set_rlim(0, float(radius.max()))
+        axis.set_title(label, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.grid(True, color=DARK, lw=0.3, alpha=0.4)
+    for axis in axes.flat[len(maps) :]:
+        axis.set_visible(False)
+    figure.supxlabel("Angle from the first node (degrees); radius: norm of the weights", fontsize=9)
+    add_title(figure, title)
+    return with_rows(figure, [
+        {"angle": float(angle[s]), "radius": float(radius[r, s])}
+        | {label: float(value[r, s]) for label, value in maps.items()}
+        for r in range(radius.shape[0]) for s in range(len(angle))])  # fmt: skip
+
+
+@styled
+def tunnel_panels(
+    panels: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+    nodes: Sequence[float] | None = None,
+    xlabel: str = "Position between the two solutions",
+    title: str = "",
+) -> Figure:
+    """Quantities along the straight line between two solutions and along a tunnel.
+
+    Args:
+        panels: label of a quantity, with its unit, to {name of a path: (positions [S], values
+            [S])}. A path keeps colour and line in all panels. Positive values far apart get a
+            logarithmic axis.
+        nodes: positions of the nodes that were optimised, as short lines above the axis.
+        xlabel: label of the positions.
+        title: heading of the figure.
+
+    Returns:
+        A Figure with the panels side by side, one legend, and vertical lines at the ends of the
+        first path, the solutions 1 and 2. `rows`: quantity, path, position, value.
+
+    Raises:
+        ValueError: without a panel or path, or if lengths disagree.
+
+    Source: Fort et al. 2019 (arXiv:1912.02757), figure S2.
+    """
+    op = "tunnel_panels"
+    require(len(panels) >= 1, op, "panels", "of at least one quantity", "none")
+    styles = series_styles(name for paths in panels.values() for name in paths)
+    require(len(styles) >= 1, op, "panels", "of at least one path", "none")
+    nodes = [] if nodes is None else checked(nodes, op, "nodes", "T", None).tolist()
+    width = max(4.4 * len(panels), 5.6)
+    height = 3.6 + legend_height(list(styles), width) + (0.3 if title else 0)
+    figure = new_figure(width, height)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    handles, rows = {}, []
+    for axis, (quantity, paths) in zip(axes, panels.items(), strict=True):
+        for name, (positions, values) in paths.items():
+            at = checked(positions, op, f"positions of {name!r}", "S", None)
+            value = checked(values, op, f"values of {name!r}", "S", len(at))
+            step = max(1, len(at) // 20)
+            style = {**styles[name], "markersize": 4, "markevery": step, "lw": 1.6}
+            (handles[name],) = axis.plot(at, value, label=method_name(name), **style)
+            rows += [
+                {"quantity": quantity, "path": name, "position": a, "value": b}
+                for a, b in zip(at.tolist(), value.tolist(), strict=True)
+            ]
+        mine = [row for row in rows if row["quantity"] == quantity]
+        first = [row["position"] for row in mine if row["path"] == mine[0]["path"]]
+        if log_worthwhile(np.array([row["value"] for row in mine])):
+            axis.set_yscale("log")
+        for place, name in ((first[0], "1"), (first[-1], "2")):
+            axis.axvline(place, color="#9A9A9A", lw=0.8, zorder=1)
+            axis.annotate(name, (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                          textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
+        if nodes:
+            axis.plot(nodes, [0.02] * len(nodes), "|", color=DARK, ms=9, mew=1.2,
+                      transform=axis.get_xaxis_transform(), label="_nodes")  # fmt: skip
+        label_axes(axis, xlabel, quantity)
+    legend_below(figure, [handles[name] for name in styles])
+    add_title(figure, title)
+    return with_rows(figure, rows)
+
+
+@styled
+def curvature_panel(
+    positions: Tensor,
+    eigenvalues: Tensor,
+    trace: Tensor | None = None,
+    trace_error: Tensor | None = None,
+    xlabel: str = "Position along the path",
+    title: str = "",
+) -> Figure:
+    """The largest eigenvalues of the Hessian of the loss along a path, and its trace.
+
+    Args:
+        positions: [S].
+        eigenvalues: [S, k], in any order; the largest of each position is drawn first.
+        trace: [S], if it is known.
+        trace_error: [S], the standard error of the trace, a band around it.
+        xlabel: label of the positions.
+        title: heading of the figure.
+
+    Returns:
+        A Figure of one or two panels. Axes are logarithmic where all values are positive and far
+        apart, and logarithmic on both sides of zero where some far apart are negative. `rows`:
+        position, eigenvalue_1 to eigenvalue_k, trace, trace_error.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    op = "curvature_panel"
+    positions = checked(positions, op, "positions", "S", None)
+    count = len(positions)
+    require(count >= 1, op, "positions", "of at least one point", "none")
+    eigenvalues = checked(eigenvalues, op, "eigenvalues", "S, k", count, None)
+    eigenvalues = -np.sort(-eigenvalues, axis=1)
+    trace = None if trace is None else checked(trace, op, "trace", "S", count)
+    error = None if trace_error is None else checked(trace_error, op, "trace_error", "S", count)
+    require(error is None or trace is not None, op, "trace", "given with trace_error", "none")
+    panels = 1 if trace is None else 2
+    figure = new_figure(1.0 + 5.2 * panels, 3.9 + (0.3 if title else 0))
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for k, values in enumerate(eigenvalues.T):
+        style = place_style(k) if k < 7 else {"color": "#BDBDBD", "linestyle": "-", "marker": ""}
+        axes[0].plot(positions, values, label=f"{k + 1}", markersize=4, lw=1.5, **style)
+    _scale(axes[0], eigenvalues)
+    label_axes(axes[0], xlabel, "Largest eigenvalues of the Hessian (nats)")
+    axes[0].legend(title="eigenvalue", fontsize=8, ncols=2, title_fontsize=9)
+    if trace is not None:
+        axes[1].plot(positions, trace, "o-", color=DARK, ms=4, lw=1.5, label="trace")
+        _scale(axes[1], trace)
+        if error is not None:
+            band = {"color": SERIES_COLOURS[0], "alpha": 0.25, "lw": 0}
+            axes[1].fill_between(
+                positions, trace - error, trace + error, **band, label="± its error"
+            )
+            axes[1].legend(fontsize=9)
+        label_axes(axes[1], xlabel, "Trace of the Hessian (nats)")
+    add_title(figure, title)
+    rows = []
+    for s in range(count):
+        row = {"position": float(positions[s])}
+        row |= {f"eigenvalue_{k + 1}": float(v) for k, v in enumerate(eigenvalues[s])}
+        row["trace"] = None if trace is None else float(trace[s])
+        rows.append(row | {"trace_error": None if error is None else float(error[s])})
+    return with_rows(figure, rows)
+
+
+def _positions(op: str, kind: str, given: Mapping | None) -> dict[str, np.ndarray]:
+    return {
+        name: checked(value, op, f"{kind} {name!r}", "T, 2", None, 2)
+        for name, value in (given or {}).items()
+    }
+
+
+def _filled(axis: Axes, at: tuple, value: np.ndarray, label: str, limits: tuple | None) -> None:
+    """Filled contours with thin lines between them, and their colour bar."""
+    from matplotlib.colors import LogNorm
+
+    axis.set_facecolor(NO_VALUE)
+    finite = value[np.isfinite(value)]
+    low, high = limits or (finite.min(initial=np.inf), finite.max(initial=-np.inf))
+    low, high = (low, high) if low < high else (low - 0.5, low + 0.5) if low < np.inf else (0, 1)
+    options, levels = {}, np.linspace(low, high, _LEVELS)
+    if low > 0 and log_worthwhile(np.array([low, high])):
+        options, levels = {"norm": LogNorm(low, high)}, np.geomspace(low, high, _LEVELS)
+    shown = np.ma.masked_invalid(np.clip(value, low, high))
+    colours = "cividis_r" if "loss" in label.lower() else "viridis"
+    filled = axis.contourf(*at, shown, levels, cmap=colours, **options)
+    axis.contour(*at, shown, levels[2:-1:3], colors="white", linewidths=0.5, alpha=0.7)
+    bar = axis.figure.colorbar(
+        filled, ax=axis, shrink=0.9, pad=0.08 if axis.name == "polar" else 0.02
+    )
+    ticks = levels[:: (_LEVELS - 1) // 5]
+    bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+    bar.minorticks_off()
+
+
+def _marks(axis: Axes, paths: Mapping, clouds: Mapping) -> list:
+    """Trajectories with arrows and samples in a panel; their entries for the legend."""
+    handles = []
+    for place, (name, at) in enumerate(clouds.items()):
+        style = {"marker": ("o", "^", "s", "D", "v", "P", "X")[place % 7], "s": 17, "zorder": 4}
+        handles.append(axis.scatter(*at.T, color=_PINK, edgecolors=DARK, linewidths=0.5,
+                                    label=method_name(name), **style))  # fmt: skip
+    for place, (name, at) in enumerate(paths.items()):
+        look = place_style(place)
+        axis.plot(*at.T, color="white", lw=3.2, zorder=5)
+        (line,) = axis.plot(*at.T, **look, ms=3.5, lw=1.5, zorder=6, label=method_name(name))
+        handles.insert(place, line)
+        ends = np.flatnonzero(np.abs(np.diff(at, axis=0)).sum(1) > 0) + 1
+        for end in ends[:: max(1, len(ends) // 3)][-3:]:
+            arrow = {"arrowstyle": "-|>", "color": look["color"], "lw": 1.5, "mutation_scale": 13}
+            axis.annotate("", at[end], at[end - 1], arrowprops=arrow, zorder=7)
+    return handles
+
+
+def _points(axis: Axes, anchors: np.ndarray, names: Sequence[str], origin) -> None:
+    for at, name in zip(anchors, names, strict=True):
+        axis.plot(*at, "X", color="white", mec=DARK, mew=1.1, ms=9, zorder=8)
+        _named(axis, at, name, (9, 7))
+    if origin is not None:
+        axis.plot(*origin, "+", color="white", ms=12, mew=4, zorder=8)
+        axis.plot(*origin, "+", color=DARK, ms=11, mew=1.8, zorder=8)
+        _named(axis, origin, "O", (9, 7))
+
+
+def _named(axis: Axes, at: Sequence[float], name: str, offset: tuple[int, int]) -> None:
+    box = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.85}
+    axis.annotate(name, at, xytext=offset, textcoords="offset points", fontsize=9, ha="center",
+                  va="center", bbox=box, zorder=9, color=DARK)  # fmt: skip
+
+
+def _scale(axis: Axes, values: np.ndarray) -> None:
+    finite = np.abs(values[np.isfinite(values)])
+    if log_worthwhile(values):
+        axis.set_yscale("log")
+    elif len(finite) and (values < 0).any() and finite.max() > 100 * max(np.median(finite), 1e-12):
+        axis.set_yscale("symlog", linthresh=float(np.median(finite)) or 1.0)
