@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.case import Case, Contestant, Target, Work, function
-from bench.peers import compiled, ours
+from bench.case import Case, Contestant, Target, Work, function, missing
+from bench.peers import compiled, imported, ours
 from landscape_fast.ops.pairwise_divergence import pairwise_divergence
 
 CUDA = (
@@ -32,6 +32,7 @@ CUDA = (
     ((64, 10000, 100), "js", (Target("graph", "must", over="compile", ratio=5),)),
     ((16, 50000, 1000), "kl", (Target("graph", "must", over="eager", ratio=4),)),
     ((10, 10000, 10), "kl", ()),
+    ((64, 10000, 100), "kl", ()),
     ((16, 50000, 1000), "disagreement", ()),
     (
         (128, 10000, 1000),
@@ -144,6 +145,27 @@ def disagreement(logits):
     return (labels[:, None] != labels[None]).float().mean(-1)
 
 
+def torchmetrics_pairs(device: str, kind: str, C: int) -> Contestant:
+    """torchmetrics, a pair at a time: of ordered pairs for KL."""
+    name = "jensen_shannon_divergence" if kind == "js" else "kl_divergence"
+    call, why = imported("torchmetrics.functional.regression", name)
+    if call is None:
+        return missing("torchmetrics", "library", why)
+    if device == "cpu" and C > 100:
+        return missing("torchmetrics", "library", "minutes on a CPU")
+
+    def pairs(logits):
+        log = logits.log_softmax(-1)
+        M = len(log)
+        if kind == "js":
+            found = [call(log[i], log[j], log_prob=True) for i in range(M) for j in range(i + 1, M)]
+            return _symmetric(M, found, log)
+        rows = [torch.stack([call(p, q, log_prob=True) for q in log]) for p in log]
+        return torch.stack(rows)
+
+    return function("torchmetrics", "library", pairs)
+
+
 def truth(logits, kind: str):
     """The definition in float64, a row at a time, in the memory of a few copies of the logits."""
     if kind == "disagreement":
@@ -181,6 +203,7 @@ def contestants(device: str, quick: bool, kind: str, M: int, C: int) -> list[Con
         everybody.append(function("gemm", "eager", kl_gemm))
         if M <= FEW:
             everybody.append(function("row loop", "eager", kl_pair_loop))
+            everybody.append(torchmetrics_pairs(device, kind, C))
         return everybody + compiled("gemm", kl_gemm, device, quick)
     everybody += [
         function("rows, entropy", "eager", js_rows),
@@ -188,6 +211,7 @@ def contestants(device: str, quick: bool, kind: str, M: int, C: int) -> list[Con
     ]
     if M <= FEW:
         everybody.append(function("pair loop", "eager", js_pair_loop))
+        everybody.append(torchmetrics_pairs(device, kind, C))
         everybody += compiled("rows, log", js_rows_log, device, quick)
     if M <= FEW and C <= 100:
         everybody.append(function("broadcast", "eager", js_broadcast))
