@@ -38,12 +38,7 @@ from landscape_fast.landscape.paths import (
     along_path,
     wedge_map,
 )
-from landscape_fast.landscape.plane_plots import (
-    curvature_panel,
-    plane_panels,
-    tunnel_panels,
-    wedge_panels,
-)
+from landscape_fast.landscape.plane_plots import plane_panels, wedge_panels
 from landscape_fast.landscape.planes import (
     PlaneMap,
     filter_normalised_map,
@@ -76,6 +71,7 @@ from landscape_fast.landscape.similarity import (
     tsne,
 )
 from landscape_fast.landscape.size_curves import SizeCurve, size_curves
+from landscape_fast.landscape.tunnel_plots import curvature_panel, tunnel_panels
 from landscape_fast.metrics import (
     Diagnosis,
     PairDiversity,

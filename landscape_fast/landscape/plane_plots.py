@@ -1,4 +1,4 @@
-"""Figures of planes, wedges, tunnels and curvature: what lies between solutions."""
+"""Figures of planes and wedges in weight space, and of what lies in them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from torch import Tensor
 from landscape_fast.landscape._figure import (
     DARK,
     NO_VALUE,
-    SERIES_COLOURS,
     add_title,
     checked,
-    label_axes,
     legend_below,
     legend_height,
     log_worthwhile,
     method_name,
     new_figure,
     place_style,
-    series_styles,
     styled,
     with_rows,
 )
@@ -56,7 +53,8 @@ def plane_panels(
         x: [W] coordinates along the first axis, in units of weight space, ascending.
         y: [H] along the second.
         fields: label of a quantity, with its unit, to its values [H, W]. Cells without a number
-            stay grey; positive values far apart get a logarithmic colour scale.
+            stay grey; positive values far apart get a logarithmic colour scale, which ends at 100
+            times the median (an arrow on the colour bar says so).
         anchors: [A, 2], where solutions lie; numbered crosses.
         names: [A] of the anchors; "1", "2", ... if None.
         trajectories: name to positions [T, 2] in the order of training, with arrows; at most
@@ -96,7 +94,7 @@ def plane_panels(
 
     columns = min(3, len(maps)) if len(maps) != 4 else 2
     lines = math.ceil(len(maps) / columns)
-    shape = min(1.6, max(0.5, float(np.ptp(y) / np.ptp(x))))
+    shape = min(1.6, max(0.25, float(np.ptp(y) / np.ptp(x))))
     entries = [method_name(name) for name in (*paths, *clouds)]
     width = 4.4 * columns if columns > 1 else 5.6
     height = lines * (3.2 * shape + 0.8) + legend_height(entries, width) * bool(entries)
@@ -110,8 +108,12 @@ def plane_panels(
         axis.set_title(label, fontsize=10)
     for axis in axes.flat[len(maps) :]:
         axis.set_visible(False)
-    figure.supxlabel(labels[0], fontsize=10)
-    figure.supylabel(labels[1], fontsize=10)
+    for place, axis in enumerate(list(axes.flat)[: len(maps)]):
+        if place + columns >= len(maps):  # none below it
+            axis.set_xlabel(labels[0])
+            axis.tick_params(labelbottom=True)
+        if place % columns == 0:
+            axis.set_ylabel(labels[1])
     if handles:
         legend_below(figure, handles)
     add_title(figure, title)
@@ -165,20 +167,23 @@ def wedge_panels(
     columns = min(2, len(maps))
     lines = math.ceil(len(maps) / columns)
     figure = new_figure(5.6 * columns, 4.4 * lines + (0.3 if title else 0))
+    figure.get_layout_engine().set(w_pad=0.12)
     polar = {"projection": "polar"}
     axes = figure.subplots(lines, columns, squeeze=False, subplot_kw=polar)
     grid = np.broadcast_to(angle, radius.shape)
+    step = next((d for d in (1, 5, 15, 30) if 8 * d > math.degrees(float(np.ptp(angle)))), 45)
     for axis, (label, value) in zip(axes.flat, maps.items(), strict=False):
         _filled(axis, (grid, radius), value, label, (limits or {}).get(label))
         if path is not None:
             axis.plot(angle, path, color="white", lw=3.0)
             axis.plot(angle, path, color=DARK, lw=1.4, label="path")
         if nodes is not None:
-            axis.plot(*nodes.T, "o", color="white", mec=DARK, ms=4.5)
+            axis.plot(*nodes.T, "o", color="white", mec=DARK, ms=4.5, clip_on=False)
             for place, name in ((0, "1"), (-1, "2")):
                 _named(axis, nodes[place], name, (10, 8))
         axis.set_thetamin(math.degrees(min(0.0, float(angle.min()))))
         axis.set_thetamax(math.degrees(float(angle.max())))
+        axis.set_thetagrids(np.arange(0.0, math.degrees(float(angle.max())) + 0.1, step))
         axis.set_rlim(0, float(radius.max()))
         axis.set_title(label, fontsize=10)
         axis.tick_params(labelsize=8)
@@ -191,135 +196,6 @@ def wedge_panels(
         {"angle": float(angle[s]), "radius": float(radius[r, s])}
         | {label: float(value[r, s]) for label, value in maps.items()}
         for r in range(radius.shape[0]) for s in range(len(angle))])  # fmt: skip
-
-
-@styled
-def tunnel_panels(
-    panels: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
-    nodes: Sequence[float] | None = None,
-    xlabel: str = "Position between the two solutions",
-    title: str = "",
-) -> Figure:
-    """Quantities along the straight line between two solutions and along a tunnel.
-
-    Args:
-        panels: label of a quantity, with its unit, to {name of a path: (positions [S], values
-            [S])}. A path keeps colour and line in all panels. Positive values far apart get a
-            logarithmic axis.
-        nodes: positions of the nodes that were optimised, as short lines above the axis.
-        xlabel: label of the positions.
-        title: heading of the figure.
-
-    Returns:
-        A Figure with the panels side by side, one legend, and vertical lines at the ends of the
-        first path, the solutions 1 and 2. `rows`: quantity, path, position, value.
-
-    Raises:
-        ValueError: without a panel or path, or if lengths disagree.
-
-    Source: Fort et al. 2019 (arXiv:1912.02757), figure S2.
-    """
-    op = "tunnel_panels"
-    require(len(panels) >= 1, op, "panels", "of at least one quantity", "none")
-    styles = series_styles(name for paths in panels.values() for name in paths)
-    require(len(styles) >= 1, op, "panels", "of at least one path", "none")
-    nodes = [] if nodes is None else checked(nodes, op, "nodes", "T", None).tolist()
-    width = max(4.4 * len(panels), 5.6)
-    height = 3.6 + legend_height(list(styles), width) + (0.3 if title else 0)
-    figure = new_figure(width, height)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    handles, rows = {}, []
-    for axis, (quantity, paths) in zip(axes, panels.items(), strict=True):
-        for name, (positions, values) in paths.items():
-            at = checked(positions, op, f"positions of {name!r}", "S", None)
-            value = checked(values, op, f"values of {name!r}", "S", len(at))
-            step = max(1, len(at) // 20)
-            style = {**styles[name], "markersize": 4, "markevery": step, "lw": 1.6}
-            (handles[name],) = axis.plot(at, value, label=method_name(name), **style)
-            rows += [
-                {"quantity": quantity, "path": name, "position": a, "value": b}
-                for a, b in zip(at.tolist(), value.tolist(), strict=True)
-            ]
-        mine = [row for row in rows if row["quantity"] == quantity]
-        first = [row["position"] for row in mine if row["path"] == mine[0]["path"]]
-        if log_worthwhile(np.array([row["value"] for row in mine])):
-            axis.set_yscale("log")
-        for place, name in ((first[0], "1"), (first[-1], "2")):
-            axis.axvline(place, color="#9A9A9A", lw=0.8, zorder=1)
-            axis.annotate(name, (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                          textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
-        if nodes:
-            axis.plot(nodes, [0.02] * len(nodes), "|", color=DARK, ms=9, mew=1.2,
-                      transform=axis.get_xaxis_transform(), label="_nodes")  # fmt: skip
-        label_axes(axis, xlabel, quantity)
-    legend_below(figure, [handles[name] for name in styles])
-    add_title(figure, title)
-    return with_rows(figure, rows)
-
-
-@styled
-def curvature_panel(
-    positions: Tensor,
-    eigenvalues: Tensor,
-    trace: Tensor | None = None,
-    trace_error: Tensor | None = None,
-    xlabel: str = "Position along the path",
-    title: str = "",
-) -> Figure:
-    """The largest eigenvalues of the Hessian of the loss along a path, and its trace.
-
-    Args:
-        positions: [S].
-        eigenvalues: [S, k], in any order; the largest of each position is drawn first.
-        trace: [S], if it is known.
-        trace_error: [S], the standard error of the trace, a band around it.
-        xlabel: label of the positions.
-        title: heading of the figure.
-
-    Returns:
-        A Figure of one or two panels. Axes are logarithmic where all values are positive and far
-        apart, and logarithmic on both sides of zero where some far apart are negative. `rows`:
-        position, eigenvalue_1 to eigenvalue_k, trace, trace_error.
-
-    Raises:
-        ValueError: if shapes disagree.
-    """
-    op = "curvature_panel"
-    positions = checked(positions, op, "positions", "S", None)
-    count = len(positions)
-    require(count >= 1, op, "positions", "of at least one point", "none")
-    eigenvalues = checked(eigenvalues, op, "eigenvalues", "S, k", count, None)
-    eigenvalues = -np.sort(-eigenvalues, axis=1)
-    trace = None if trace is None else checked(trace, op, "trace", "S", count)
-    error = None if trace_error is None else checked(trace_error, op, "trace_error", "S", count)
-    require(error is None or trace is not None, op, "trace", "given with trace_error", "none")
-    panels = 1 if trace is None else 2
-    figure = new_figure(1.0 + 5.2 * panels, 3.9 + (0.3 if title else 0))
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for k, values in enumerate(eigenvalues.T):
-        style = place_style(k) if k < 7 else {"color": "#BDBDBD", "linestyle": "-", "marker": ""}
-        axes[0].plot(positions, values, label=f"{k + 1}", markersize=4, lw=1.5, **style)
-    _scale(axes[0], eigenvalues)
-    label_axes(axes[0], xlabel, "Largest eigenvalues of the Hessian (nats)")
-    axes[0].legend(title="eigenvalue", fontsize=8, ncols=2, title_fontsize=9)
-    if trace is not None:
-        axes[1].plot(positions, trace, "o-", color=DARK, ms=4, lw=1.5, label="trace")
-        _scale(axes[1], trace)
-        if error is not None:
-            band = {"color": SERIES_COLOURS[0], "alpha": 0.25, "lw": 0}
-            axes[1].fill_between(
-                positions, trace - error, trace + error, **band, label="± its error"
-            )
-            axes[1].legend(fontsize=9)
-        label_axes(axes[1], xlabel, "Trace of the Hessian (nats)")
-    add_title(figure, title)
-    rows = []
-    for s in range(count):
-        row = {"position": float(positions[s])}
-        row |= {f"eigenvalue_{k + 1}": float(v) for k, v in enumerate(eigenvalues[s])}
-        row["trace"] = None if trace is None else float(trace[s])
-        rows.append(row | {"trace_error": None if error is None else float(error[s])})
-    return with_rows(figure, rows)
 
 
 def _positions(op: str, kind: str, given: Mapping | None) -> dict[str, np.ndarray]:
@@ -336,17 +212,23 @@ def _filled(axis: Axes, at: tuple, value: np.ndarray, label: str, limits: tuple 
     axis.set_facecolor(NO_VALUE)
     finite = value[np.isfinite(value)]
     low, high = limits or (finite.min(initial=np.inf), finite.max(initial=-np.inf))
-    low, high = (low, high) if low < high else (low - 0.5, low + 0.5) if low < np.inf else (0, 1)
-    options, levels = {}, np.linspace(low, high, _LEVELS)
+    options, levels, space = {}, None, np.linspace
     if low > 0 and log_worthwhile(np.array([low, high])):
-        options, levels = {"norm": LogNorm(low, high)}, np.geomspace(low, high, _LEVELS)
-    shown = np.ma.masked_invalid(np.clip(value, low, high))
+        space = np.geomspace
+        high = high if limits else min(high, max(100 * float(np.median(finite)), 2 * low))
+        options["norm"] = LogNorm(low, high)
+    if low > high:  # no number at all
+        axis.text(0.5, 0.5, "no number", transform=axis.transAxes, ha="center")
+    low, high = (low, high) if low < high else (low - 0.5, low + 0.5) if low == high else (0, 1)
+    levels = space(low, high, _LEVELS)
+    below, above = bool((finite < low).any()), bool((finite > high).any())
+    extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
     colours = "cividis_r" if "loss" in label.lower() else "viridis"
-    filled = axis.contourf(*at, shown, levels, cmap=colours, **options)
+    shown = np.ma.masked_invalid(value)
+    filled = axis.contourf(*at, shown, levels, cmap=colours, extend=extend, **options)
     axis.contour(*at, shown, levels[2:-1:3], colors="white", linewidths=0.5, alpha=0.7)
-    bar = axis.figure.colorbar(
-        filled, ax=axis, shrink=0.9, pad=0.08 if axis.name == "polar" else 0.02
-    )
+    beside = axis.inset_axes([1.14 if axis.name == "polar" else 1.03, 0.0, 0.05, 1.0])
+    bar = axis.figure.colorbar(filled, cax=beside)
     ticks = levels[:: (_LEVELS - 1) // 5]
     bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.minorticks_off()
@@ -385,11 +267,3 @@ def _named(axis: Axes, at: Sequence[float], name: str, offset: tuple[int, int]) 
     box = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.85}
     axis.annotate(name, at, xytext=offset, textcoords="offset points", fontsize=9, ha="center",
                   va="center", bbox=box, zorder=9, color=DARK)  # fmt: skip
-
-
-def _scale(axis: Axes, values: np.ndarray) -> None:
-    finite = np.abs(values[np.isfinite(values)])
-    if log_worthwhile(values):
-        axis.set_yscale("log")
-    elif len(finite) and (values < 0).any() and finite.max() > 100 * max(np.median(finite), 1e-12):
-        axis.set_yscale("symlog", linthresh=float(np.median(finite)) or 1.0)
