@@ -122,6 +122,7 @@ def test_of_a_subspace():
 def test_resumes_to_the_same_numbers(tmp_path):
     model, _, weights, x, y, calibration = problem(residual)
     options = {"calibration": calibration, "keep_logits": True, "progress": False}
+    options["keep_labels"] = True
     truth = sweep(model, weights, S, x, y, **options)
     file, called = tmp_path / "sweep.pt", []
 
@@ -147,6 +148,34 @@ def test_resumes_to_the_same_numbers(tmp_path):
     called.clear()
     again = sweep(model, counted, S, x, y, checkpoint=file, resume=True, **options)
     assert called == [0, 3, S - 1] and torch.equal(again.loss, found.loss)
+
+
+class Table(nn.Module):
+    """Gives row n the class that its parameter n says."""
+
+    def __init__(self, rows, classes):
+        super().__init__()
+        self.table, self.classes = nn.Parameter(torch.zeros(rows)), classes
+
+    def forward(self, x):
+        return -(torch.arange(self.classes) - self.table[x[:, 0].long(), None]).square()
+
+
+LABELS = (4, torch.uint8), (256, torch.uint8), (257, torch.int16), (40000, torch.int32)
+
+
+@pytest.mark.parametrize("per_pass", [1, 3])
+@pytest.mark.parametrize("classes, dtype", LABELS)
+def test_keeps_labels(classes, dtype, per_pass):
+    """All the way to the last class, which needs the most bits."""
+    model, x, y = Table(5, classes), torch.arange(5.0)[:, None], torch.zeros(5, dtype=torch.int64)
+    labels = torch.arange(S * 5).view(S, 5) % 4 * (classes - 1) // 3
+    weights = torch.stack([FlatLayout(model).flatten({"table": row.float()}) for row in labels])
+    given = (model, lambda start, stop: weights[start:stop], S, x, y)
+    found = sweep(*given, keep_labels=True, per_pass=per_pass, progress=False)
+    assert found.labels.dtype == dtype and found.logits is None
+    assert torch.equal(found.labels.long(), labels)
+    assert sweep(*given, per_pass=per_pass, progress=False).labels is None
 
 
 @pytest.mark.parametrize(
