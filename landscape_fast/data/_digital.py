@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast.data._draws import Draws
+from landscape_fast.data._jpeg import jpeg
 from landscape_fast.data._pixels import bilinear, box_resized, gaussian
 
 _FIXED = 1 << 24
@@ -46,6 +47,11 @@ def pixelate(x: Tensor, share: float, draws: Draws) -> Tensor:
     return box_resized(box_resized(x, int(h * share), int(w * share)), h, w)
 
 
+def jpeg_compression(x: Tensor, quality: int, draws: Draws) -> Tensor:
+    """Values to the nearest byte, JPEG with 4:2:0 chroma, and back."""
+    return jpeg((x * 255).round().int(), quality).float().div_(255)
+
+
 def elastic_transform(x: Tensor, parameters: tuple, draws: Draws) -> Tensor:
     """A random affine map, then a smooth random displacement of every pixel.
 
@@ -65,7 +71,7 @@ def elastic_transform(x: Tensor, parameters: tuple, draws: Draws) -> Tensor:
 
 
 def _affine(x: Tensor, moves: Tensor) -> Tensor:
-    """The affine map that moves three corners of a square in the middle by `moves` [n, 3, (x, y)]."""
+    """The affine map that moves three corners of a middle square by `moves` [n, 3, (x, y)]."""
     h, w = x.shape[2:]
     side = min(h, w) // 3
     middle = torch.tensor([w // 2, h // 2], dtype=torch.float32, device=x.device)

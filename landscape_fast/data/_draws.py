@@ -33,11 +33,12 @@ class Draws:
         self._first = _mixed(_mixed(low ^ salt) ^ high)
         self._second = _mixed(_mixed(low ^ _mixed(salt ^ 0x9E3779B9)) ^ high)
         self._used = 0
+        self.count, self.device = len(index), index.device
 
     def bits(self, *shape: int) -> Tensor:
         """[n, *shape] int64, uniform over 32 bits."""
         count = math.prod(shape)
-        counter = torch.arange(self._used, self._used + count, device=self._first.device)
+        counter = torch.arange(self._used, self._used + count, device=self.device)
         self._used += count
         mixed = _mixed(_mixed(counter ^ self._first[:, None]) ^ self._second[:, None])
         return mixed.view(-1, *shape)

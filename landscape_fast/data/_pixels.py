@@ -77,7 +77,7 @@ def bilinear(x: Tensor, rows: Tensor, columns: Tensor, edge: str) -> Tensor:
 
 
 def resampled(x: Tensor, dim: int, taps: Taps) -> Tensor:
-    """Weighted sums of lines of x along `dim` (2 or 3): the pairs hold [out] numbers and weights."""
+    """Weighted sums of lines of x along `dim` (2 or 3): pairs of [out] numbers and weights."""
     out = None
     for index, weight in taps:
         weight = weight.to(x.device)
@@ -119,7 +119,7 @@ def box_resized(x: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _box_taps(size: int, new: int) -> Taps:
-    """The pixels whose centres lie in the box around the centre of the new one, equally weighted."""
+    """The pixels whose centres lie in the box around that of the new one, equally weighted."""
     scale = size / new
     half = max(scale, 1.0) / 2
     covered = []

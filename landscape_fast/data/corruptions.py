@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from landscape_fast.data import _blurs, _digital, _noise
+from landscape_fast.data import _blurs, _digital, _noise, _weather
 from landscape_fast.data._draws import Draws
 
 # name: (function, parameters of severities 1 to 5), those of the authors' code for 32 x 32 images.
@@ -20,6 +20,18 @@ _TABLE = {
     "glass_blur": (_blurs.glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))),
     "motion_blur": (_blurs.motion_blur, ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))),
     "zoom_blur": (_blurs.zoom_blur, (7, 12, 16, 21, 26)),
+    "snow": (
+        _weather.snow,
+        (
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+        ),
+    ),
+    "frost": (_weather.frost, ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))),
+    "fog": (_weather.fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),
     "brightness": (_digital.brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
     "contrast": (_digital.contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "elastic_transform": (
@@ -27,6 +39,17 @@ _TABLE = {
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
     ),
     "pixelate": (_digital.pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
+    "jpeg_compression": (_digital.jpeg_compression, (80, 65, 58, 50, 40)),
+    "spatter": (
+        _weather.spatter,
+        (
+            (0.62, 0.1, 0.7, 0.7, 0.5, False),
+            (0.65, 0.1, 0.8, 0.7, 0.5, False),
+            (0.65, 0.3, 1, 0.69, 0.5, False),
+            (0.65, 0.1, 0.7, 0.69, 0.6, True),
+            (0.65, 0.1, 0.5, 0.68, 0.6, True),
+        ),
+    ),
     "saturate": (_digital.saturate, ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))),
 }
 CORRUPTIONS = tuple(_TABLE)
