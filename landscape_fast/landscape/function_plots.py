@@ -24,6 +24,7 @@ from landscape_fast.landscape._figure import (
     styled,
     with_rows,
 )
+from landscape_fast.landscape.diversity import correlated_family
 from landscape_fast.landscape.plots import draw_limits
 from landscape_fast.ops._checks import require
 
@@ -58,7 +59,7 @@ def similarity_maps(
         the means within and across runs, without the diagonal. Cells without a number are grey;
         where a few are far above the others, the colours of disagreement end at 1.2 times the 90 %
         quantile.
-        `rows`: i, j, their runs and epochs, cosine, disagreement.
+        `rows`: i, j with i <= j, their runs and epochs, cosine, disagreement.
 
     Raises:
         ValueError: if shapes disagree or the checkpoints of a run are scattered.
@@ -90,7 +91,7 @@ def similarity_maps(
         _runs(axis, runs, starts, epochs)
         axis.set_title(_within_across(value, np.array(runs), unit), fontsize=10)
     add_title(figure, title)
-    cells = [(i, j) for i in range(count) for j in range(count)]
+    cells = [(i, j) for i in range(count) for j in range(i, count)]
     at = [None] * count if epochs is None else epochs.tolist()
     return with_rows(figure, [
         {"i": i, "j": j, "run_i": runs[i], "run_j": runs[j], "epoch_i": at[i], "epoch_j": at[j],
@@ -264,8 +265,6 @@ def diversity_plane(
 
 
 def _families(axis: Axes, reference_accuracy: float, classes: int, exponents, fit) -> None:
-    from landscape_fast.landscape.diversity import correlated_family
-
     p = torch.cat([torch.zeros(1), torch.logspace(-6, 0, 400, dtype=torch.float64)]).double()
     drawn = [(e, f"family, exponent {e:g}", 1.0, "#757575") for e in exponents]
     if fit is not None:
@@ -316,7 +315,7 @@ def _square(axis: Axes, value: np.ndarray, limits: tuple, label: str, colours: s
     axis.set_facecolor(NO_VALUE)
     shown = np.ma.masked_invalid(value)
     image = axis.imshow(shown, cmap=colours, vmin=limits[0], vmax=limits[1])
-    extend = "max" if np.ma.max(shown) > limits[1] * (1 + 1e-9) else "neither"
+    extend = "max" if np.ma.max(shown) > limits[1] + 1e-6 else "neither"
     axis.figure.colorbar(image, ax=axis, label=label, shrink=0.9, extend=extend)
 
 

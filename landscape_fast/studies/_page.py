@@ -212,13 +212,20 @@ def _relative(file: Path, folder: Path) -> str:
 def _table(table: PageTable) -> str:
     rows = list(table.rows)
     columns = table.columns or [(key, key, "{}") for key in (rows[0] if rows else ())]
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for _, name, _ in columns)
+    right = ' class="number"'
+    numeric = {
+        key for key, _, _ in columns for row in rows if isinstance(row.get(key), int | float)
+    }
+    heads = "".join(
+        f'<th scope="col"{right if key in numeric else ""}>{escape(name)}</th>'
+        for key, name, _ in columns
+    )
     lines = []
     for row in rows:
         cells = []
         for key, _, form in columns:
             value = row.get(key)
-            kind = ' class="number"' if isinstance(value, int | float) else ""
+            kind = right if key in numeric else ""
             cells.append(f"<td{kind}>{'-' if value is None else escape(form.format(value))}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>\n")
     caption = _element("caption", table.caption) if table.caption else ""

@@ -32,7 +32,7 @@ caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0;
   border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--soft); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .claims td { overflow-wrap: anywhere; min-width: 5rem; }
 .claims small { display: block; color: var(--soft); max-width: 20rem; }
 figure { margin: 1rem 0 1.6rem; }
