@@ -59,7 +59,12 @@ from landscape_fast.landscape.samplers import (
     SubspaceSampler,
     WeightDropout,
 )
-from landscape_fast.landscape.sampling import Accepted, sample_accepted
+from landscape_fast.landscape.sampling import (
+    Accepted,
+    ScaleFound,
+    sample_accepted,
+    scale_for_accuracy,
+)
 from landscape_fast.landscape.shift import ShiftCurves, ShiftScores, under_shift
 from landscape_fast.landscape.similarity import (
     ClusterDistances,
@@ -101,6 +106,7 @@ __all__ = [
     "Projection",
     "RandomDirections",
     "ReliabilityBins",
+    "ScaleFound",
     "ShiftCurves",
     "ShiftScores",
     "Similarity",
@@ -143,6 +149,7 @@ __all__ = [
     "reliability_bins",
     "reliability_diagram",
     "sample_accepted",
+    "scale_for_accuracy",
     "shift_panels",
     "similarity",
     "similarity_maps",

@@ -28,6 +28,7 @@ class OodScores(NamedTuple):
         js: generalised Jensen-Shannon divergence of the M members, nats, at most ln M: the mutual
             information of prediction and member.
         pairwise_js: mean over the pairs of members, nats; nan for one member.
+        disagreement: fraction of the inputs with different labels, mean over the pairs; likewise.
         detection: kind of score to `OodDetection`, how well it tells these inputs from the known
             ones; none for the known ones themselves.
     """
@@ -36,6 +37,7 @@ class OodScores(NamedTuple):
     confidence: Tensor
     js: Tensor
     pairwise_js: Tensor
+    disagreement: Tensor
     detection: dict[str, OodDetection]
 
 
@@ -127,6 +129,7 @@ def _described(logits: Tensor, detection: dict[str, OodDetection]) -> OodScores:
     nobody = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     summary = ensemble_summary(logits, nobody)  # neither entropy nor JS depends on targets
     confidence = 1 - ood_scores(logits, "max_probability").mean()
-    pairs = pair_diversity(logits).mean_js
-    values = (summary.entropy, confidence, summary.mutual_information, pairs)
+    pairs = pair_diversity(logits)
+    values = (summary.entropy, confidence, summary.mutual_information)
+    values = (*values, pairs.mean_js, pairs.mean_disagreement)
     return OodScores(*(value.double().cpu() for value in values), detection)

@@ -4,7 +4,7 @@ The samplers themselves are in `landscape_fast.landscape.samplers`.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ __all__ = [
     "DiagonalGaussian",
     "LowRankGaussian",
     "RandomDirections",
+    "ScaleFound",
     "SubspaceSampler",
     "WeightDropout",
     "sample_accepted",
+    "scale_for_accuracy",
 ]
 
 # Numbers of the draws of one try: those of the next begin here, whatever the count.
@@ -163,6 +165,100 @@ def sample_accepted(
         rule = f"reached by all {count} samples within {tries} tries"
         require(False, op, "threshold", rule, f"{len(kept)} at {threshold:.4g}", remedy)
     return _collected(sampler, seed, kept, taken, best, logits)
+
+
+class ScaleFound(NamedTuple):
+    """How far from a solution samples keep an accuracy.
+
+    Attributes:
+        scale: the largest one found at which they do; the lower end of the range where none does.
+        accuracy: mean over the samples at that scale, fraction.
+        reached: whether it is at least the threshold.
+    """
+
+    scale: float
+    accuracy: float
+    reached: bool
+
+
+@torch.no_grad()
+def scale_for_accuracy(
+    model: nn.Module,
+    sampler: SubspaceSampler,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threshold: float,
+    scales: tuple[float, float],
+    samples: int = 5,
+    steps: int = 8,
+    seed: int = 0,
+    **options: Any,
+) -> ScaleFound:
+    """The scale at which a sampler's samples are, in the mean, just accurate enough.
+
+    How different samples are grows with how bad they may be, so that methods should be compared at
+    one accuracy. The range is halved `steps` times, with the same random numbers for every scale.
+
+    Args:
+        model: as in `sample_accepted`; so are `sampler`, `x` and `y`.
+        sampler: for instance `DiagonalGaussian`.
+        x: [N, ...] rows to measure the accuracy on.
+        y: [N] int64 classes.
+        threshold: the accuracy to keep, a fraction.
+        scales: (low, high), where to look.
+        samples: how many samples the mean is of.
+        steps: of halving: the scale is found to (high - low) / 2^steps.
+        seed: of the samples.
+        options: those of `landscape_fast.methods.sweep`.
+
+    Returns:
+        `ScaleFound`; `high` where even there the samples are accurate enough.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Cost: (steps + 2) * samples passes over x.
+
+    Example:
+        >>> from landscape_fast.nn import FlatLayout
+        >>> model, x = nn.Linear(4, 3), torch.randn(50, 4)
+        >>> y, around = model(x).argmax(1), WeightDropout(FlatLayout(model).flatten(model))
+        >>> options = {"threshold": 0.8, "scales": (0.0, 0.9), "progress": False}
+        >>> scale_for_accuracy(model, around, x, y, **options).reached
+        True
+    """
+    op = "scale_for_accuracy"
+    good = len(scales) == 2 and 0 <= scales[0] < scales[1] < math.inf
+    require(good, op, "scales", "(low, high) with 0 <= low < high", scales)
+    require(0 <= threshold <= 1, op, "threshold", "a fraction in [0, 1]", threshold)
+    require(whole(samples, 1), op, "samples", "an integer of at least 1", repr(samples))
+    require(whole(steps, 0), op, "steps", "an integer of at least 0", repr(steps))
+
+    def mean(scale: float) -> float:
+        def rows(start: int, stop: int) -> Tensor:
+            return sampler.draw(stop - start, scale, seed, first=start)
+
+        label = f"samples at scale {scale:.3g}"
+        return float(
+            sweep(model, rows, samples, x, y, label=label, **options).accuracy.double().mean()
+        )
+
+    low, high = map(float, scales)
+    at_high = mean(high)
+    if at_high >= threshold:
+        return ScaleFound(high, at_high, True)
+    accuracy = mean(low)
+    if not accuracy >= threshold:
+        return ScaleFound(low, accuracy, False)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        at_middle = mean(middle)
+        if at_middle >= threshold:
+            low, accuracy = middle, at_middle
+        else:
+            high = middle
+    return ScaleFound(low, accuracy, True)
 
 
 def _collected(sampler, seed, kept, taken, best, no_logits) -> Accepted:

@@ -29,6 +29,7 @@ class ShiftScores(NamedTuple):
         js: generalised Jensen-Shannon divergence of the M members, H(mean) - mean H, nats, at most
             ln M; it grows with M.
         pairwise_js: mean over the pairs of members, nats, at most ln 2; nan for one member.
+        disagreement: fraction of the images with different labels, mean over the pairs; likewise.
     """
 
     accuracy: Tensor
@@ -38,6 +39,7 @@ class ShiftScores(NamedTuple):
     entropy: Tensor
     js: Tensor
     pairwise_js: Tensor
+    disagreement: Tensor
 
 
 class ShiftCurves(NamedTuple):
@@ -188,8 +190,9 @@ def _members(op: str, logits: Tensor, name: str, places: Sequence[int]) -> Tenso
 
 
 def _scores(logits: Tensor, targets: Tensor, bins: int) -> Tensor:
-    """[7], as `ShiftScores` has them."""
+    """[8], as `ShiftScores` has them."""
     found = ensemble_summary(logits, targets.to(logits.device), bins)
     values = (found.accuracy, found.nll, found.brier, found.ece, found.entropy)
-    pairs = pair_diversity(logits).mean_js
-    return torch.stack([*values, found.mutual_information, pairs]).double().cpu()
+    pairs = pair_diversity(logits)
+    between = (found.mutual_information, pairs.mean_js, pairs.mean_disagreement)
+    return torch.stack([*values, *between]).double().cpu()

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.nn.geometry import cosines, distances
-from landscape_fast.ops import gram, pairwise_disagreement
+from landscape_fast.metrics import weight_cosines
+from landscape_fast.nn.geometry import distances as gram_distances
+from landscape_fast.ops import divergence_sums, gram
 from landscape_fast.ops._checks import check_tensor, require, whole
 
 # Numbers of the predictions that are widened to float64 at a time.
@@ -57,7 +58,7 @@ def similarity(weights: Tensor, logits: Tensor) -> Similarity:
         logits: [S, N, C], what each predicts for the same N examples.
 
     Returns:
-        `Similarity`. Both matrices are symmetric; the disagreement is exact.
+        `Similarity`. Both are symmetric, with exact diagonals; disagreement is exact counts.
 
     Raises:
         TypeError: if an argument is no tensor.
@@ -80,11 +81,8 @@ def similarity(weights: Tensor, logits: Tensor) -> Similarity:
     """
     _check_logits("similarity", logits)
     check_tensor("similarity", "weights", weights, "S, P", (logits.shape[0], None))
-    rows = logits.shape[1]
-    shares = pairwise_disagreement(logits.argmax(-1)).double()
-    # counts below 2^24 come back whole from float32 fractions; larger ones are rounded as those are
-    counts = (shares * rows).round() if rows < 2**23 else shares * rows
-    return Similarity(cosines(gram(weights)), counts / rows)
+    counts = divergence_sums(logits, ("disagreement",))["disagreement"]
+    return Similarity(weight_cosines(weights), counts / logits.shape[1])
 
 
 @torch.no_grad()
@@ -124,7 +122,7 @@ def function_distances(logits: Tensor) -> Tensor:
     step = max(1, WIDENED // (S * C))
     for part in logits.split(step, 1):
         products += gram(_centred(part).flatten(1))
-    found = distances(products)
+    found = gram_distances(products)
     squares = products.diagonal()
     close = found.square() < CLOSE * (squares[:, None] + squares)
     pairs = close.triu(1).nonzero()  # [pairs, 2]
@@ -190,7 +188,8 @@ def tsne(
     require(number and 1 <= perplexity < S, op, "perplexity", rule, repr(perplexity), remedy)
     if distances is None:
         distances = function_distances(logits)
-    check_tensor(op, "distances", distances, "S, S", (S, S))
+    fits = distances.shape == (S, S)
+    require(fits, op, "distances", f"[S, S] with S = {S}", list(distances.shape))
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
