@@ -1,14 +1,16 @@
 """What the documentation says is there, runs, and is complete."""
+import ast
 import doctest
-import importlib
+import importlib.util
 import inspect
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from small_tree import ROOT
 
-OPTIONAL = ("sklearn", "matplotlib", "tqdm", "scipy", "tabm", "rtdl_num_embeddings")
+OPTIONAL = ("sklearn", "matplotlib", "tqdm", "scipy", "tabm", "rtdl_num_embeddings", "torchmetrics")
 README = ROOT / "README.md"
 SECTIONS = ["Args:", "Returns:", "Raises:", "Cost:", "Source:", "Example:"]
 CODE = [
@@ -48,11 +50,22 @@ class Examples(doctest.DocTestRunner):
         super().report_unexpected_exception(out, test, example, exc_info)
 
 
-@pytest.mark.parametrize("name", module_names())
-def test_doctests(name, pytestconfig, tmp_path, monkeypatch):
+def load(name: str):
+    """The module, or a skip if it is of no use without an optional package that is absent."""
     if ".kernels." in name:
         pytest.importorskip("triton")
-    module = importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = getattr(error.__cause__, "name", None)
+        if missing in OPTIONAL:
+            pytest.skip(f"needs {missing}")
+        raise
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_doctests(name, pytestconfig, tmp_path, monkeypatch):
+    module = load(name)
     flags = 0
     for flag in pytestconfig.getini("doctest_optionflags"):
         flags |= doctest.OPTIONFLAGS_BY_NAME[flag]
@@ -90,7 +103,8 @@ def test_modules_say_what_they_are():
     for name in module_names():
         if ".kernels." in name:
             continue
-        assert (importlib.import_module(name).__doc__ or "").strip(), name
+        source = Path(importlib.util.find_spec(name).origin)
+        assert (ast.get_docstring(ast.parse(source.read_text())) or "").strip(), name
 
 
 @pytest.fixture(scope="module")
