@@ -13,7 +13,6 @@ from landscape_fast.metrics.diversity import PairDiversity, off_diagonal_mean, p
 from landscape_fast.metrics.members import (
     average_pairwise_diversity,
     prediction_cosines,
-    prediction_gram,
     variation_ratio,
     weight_cosines,
 )
@@ -45,7 +44,6 @@ __all__ = [
     "ood_scores",
     "pair_diversity",
     "prediction_cosines",
-    "prediction_gram",
     "reliability_bins",
     "risk_coverage",
     "variation_ratio",

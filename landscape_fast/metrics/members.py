@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast.metrics.diversity import off_diagonal_mean
+from landscape_fast.nn.geometry import cosines
 from landscape_fast.ops import gram, pairwise_divergence
 from landscape_fast.ops._checks import LOW, check_tensor, require
 from landscape_fast.ops.pairwise_divergence import LABELS
@@ -64,7 +65,8 @@ def prediction_cosines(logits: Tensor) -> Tensor:
         TypeError: if `logits` is not a tensor.
         ValueError: if its shape or dtype is not as said.
 
-    Cost: as `prediction_gram`.
+    Cost: S * N * C exponentials and S * S * N * C flops in float64; some examples at a time, so
+        that the probabilities of all are never there together. Differentiable.
 
     Source: the flattened probabilities whose t-SNE Fort et al. 2019 (arXiv:1912.02757) show in
         figure 2c.
@@ -77,54 +79,14 @@ def prediction_cosines(logits: Tensor) -> Tensor:
     """
     op = "prediction_cosines"
     check_tensor(op, "logits", logits, "S, N, C", (None, None, None))
-    rule = "[S, N, C] with N and C at least 1"
-    require(min(logits.shape[1:]) > 0, op, "logits", rule, list(logits.shape))
-    return cosines(prediction_gram(logits))
-
-
-def prediction_gram(logits: Tensor) -> Tensor:
-    """Inner products of S models' probabilities, summed over examples and classes.
-
-    Distances of the flattened predictions follow: d_ij^2 = G_ii + G_jj - 2 G_ij.
-
-    Args:
-        logits: [S, N, C], C at least 1.
-
-    Returns:
-        [S, S] float64, exactly symmetric. Probabilities in the dtype of the logits (at least
-        float32), sums in float64. Zeros without examples.
-
-    Raises:
-        TypeError: if `logits` is not a tensor.
-        ValueError: if its shape or dtype is not as said.
-
-    Cost: S * N * C exponentials and S * S * N * C flops in float64; some examples at a time, so
-        that the probabilities of all are never there together. Differentiable.
-
-    Source: as `prediction_cosines`.
-
-    Example:
-        >>> prediction_gram(torch.tensor([[[0.0, 0.0]], [[50.0, 0.0]]]))
-        tensor([[0.5000, 0.5000],
-                [0.5000, 1.0000]], dtype=torch.float64)
-    """
-    op = "prediction_gram"
-    check_tensor(op, "logits", logits, "S, N, C", (None, None, None))
     S, N, C = logits.shape
-    require(C > 0, op, "logits", "[S, N, C] with C at least 1", list(logits.shape))
-    total = torch.zeros(S, S, dtype=torch.float64, device=logits.device)
+    rule = "[S, N, C] with N and C at least 1"
+    require(N > 0 and C > 0, op, "logits", rule, list(logits.shape))
+    products = torch.zeros(S, S, dtype=torch.float64, device=logits.device)
     for rows in logits.split(max(1, ENTRIES // max(1, S * C)), 1):
         x = rows.float() if rows.dtype in LOW else rows
-        total = total + gram(x.softmax(-1).flatten(1).contiguous())
-    return total
-
-
-def cosines(products: Tensor) -> Tensor:
-    """[..., S, S] inner products to cosines."""
-    squares = products.diagonal(dim1=-2, dim2=-1)
-    # sqrt(x * x) is x, so that the diagonal is exactly 1
-    lengths = (squares[..., :, None] * squares[..., None, :]).sqrt()
-    return (products / lengths).clamp(-1, 1)
+        products = products + gram(x.softmax(-1).flatten(1).contiguous())
+    return cosines(products)
 
 
 def variation_ratio(labels: Tensor) -> Tensor:

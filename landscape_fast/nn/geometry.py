@@ -17,8 +17,9 @@ from landscape_fast.ops._checks import require, whole
 
 def cosines(gram: Tensor) -> Tensor:
     """[..., K, K] -> [..., K, K], cosines of the angles between anchors; NaN for a zero anchor."""
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    return gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    # the root of x * x is x: the diagonal is exactly 1
+    return (gram / (squares.unsqueeze(-1) * squares.unsqueeze(-2)).sqrt()).clamp(-1, 1)
 
 
 def distances(gram: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def slerp(gram: Tensor, t: Tensor) -> Tensor:
         >>> slerp(torch.eye(2), torch.tensor(0.5))
         tensor([0.7071, 0.7071])
     """
-    angle = cosines(gram)[0, 1].clamp(-1, 1).arccos()
+    angle = cosines(gram)[0, 1].arccos()
     t = t.to(gram.dtype)
     shares = torch.sinc(line(t) * angle / math.pi) * line(t)
     return shares / torch.sinc(angle / math.pi)

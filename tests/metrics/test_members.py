@@ -5,7 +5,6 @@ import torch
 from landscape_fast.metrics import (
     average_pairwise_diversity,
     prediction_cosines,
-    prediction_gram,
     variation_ratio,
     weight_cosines,
 )
@@ -72,24 +71,20 @@ def test_predictions(monkeypatch, entries):
     logits = 3 * normal(5, 33, 7)
     truth = logits.double().softmax(-1).flatten(1)
     plain = logits.softmax(-1).flatten(1).double()
-    assert_as_exact("gram", prediction_gram(logits), plain @ plain.T, truth @ truth.T)
     found = prediction_cosines(logits)
     assert_as_exact("cosines", found, true_cosines(plain), true_cosines(truth))
     assert torch.equal(found, found.T) and (found.diagonal() == 1).all()
-    squares = prediction_gram(logits).diagonal()
-    distances = (squares[:, None] + squares - 2 * prediction_gram(logits)).clamp(min=0).sqrt()
-    torch.testing.assert_close(distances, torch.cdist(plain, plain), rtol=1e-6, atol=1e-6)
 
 
 def test_predictions_with_nan_and_in_low_dtypes():
     logits = normal(3, 6, 4)
-    assert torch.equal(
-        prediction_gram(logits.bfloat16()), prediction_gram(logits.bfloat16().float())
-    )
+    low = logits.bfloat16()
+    assert torch.equal(prediction_cosines(low), prediction_cosines(low.float()))
+    strided = logits.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # models innermost
+    assert torch.equal(prediction_cosines(strided), prediction_cosines(logits))
     logits[1, 2, 3] = float("nan")
     found = prediction_cosines(logits).isnan()
     assert found.tolist() == [[i == 1 or j == 1 for j in range(3)] for i in range(3)]
-    assert prediction_gram(logits[:, :0]).tolist() == [[0.0] * 3] * 3
 
 
 def test_votes_are_counted_over_members():
@@ -140,10 +135,6 @@ def test_pairs():
         (
             lambda: prediction_cosines(torch.zeros(2, 0, 3)),
             r"prediction_cosines: logits must be \[S, N, C\] with N and C at least 1; got",
-        ),
-        (
-            lambda: prediction_gram(torch.zeros(2, 3, 0)),
-            r"prediction_gram: logits must be \[S, N, C\] with C at least 1",
         ),
         (
             lambda: variation_ratio(torch.zeros(0, 3).long()),
