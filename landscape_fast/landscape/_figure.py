@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import require
+from landscape_fast.ops._checks import require, shape_rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,12 +140,9 @@ def numbers(values: Tensor | Sequence[float]) -> np.ndarray:
 def checked(values, op: str, argument: str, letters: str, *sizes: int | None) -> np.ndarray:
     """The values as numbers of the shape `letters`, whose sizes are given where they are known."""
     found = numbers(values)
-    known = zip(letters.split(", "), sizes, strict=True)
-    rule = ", ".join(f"{letter} = {size}" for letter, size in known if size is not None)
     ok = found.ndim == len(sizes)
     ok = ok and all(s is None or s == f for s, f in zip(sizes, found.shape, strict=True))
-    rule = f"[{letters}]" + (f" with {rule}" if rule else "")
-    require(ok, op, argument, rule, list(found.shape))
+    require(ok, op, argument, shape_rule(letters, sizes), list(found.shape))
     return found
 
 

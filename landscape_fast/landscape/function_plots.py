@@ -143,7 +143,8 @@ def function_map(
         around = np.array([int(run) for run in around])
         clouds[name] = checked(where, op, f"samples {name!r}", "n, 2", len(around), 2), around
         rule = f"of the runs {list(order)}"
-        require(set(around.tolist()) <= set(order), op, f"runs of {name!r}", rule, set(around))
+        others = sorted(set(around.tolist()) - set(order))
+        require(not others, op, f"runs of {name!r}", rule, others)
 
     below = textwrap.fill(criterion, 100)
     height = 5.6 + (0.3 if title else 0) + 0.16 * len(below.splitlines())
@@ -208,7 +209,7 @@ def diversity_plane(
         optima: (accuracy [R], disagreement [R] with the reference) of independent runs, drawn as
             stars.
         exponents: of the one-parameter families that are drawn, thin.
-        fit: (exponent, root mean square error of its disagreement), drawn thick.
+        fit: (exponent, root of the mean squared distance of the points to it), drawn thick.
         title: heading of the figure.
 
     Returns:
@@ -268,7 +269,9 @@ def _families(axis: Axes, reference_accuracy: float, classes: int, exponents, fi
     p = torch.cat([torch.zeros(1), torch.logspace(-6, 0, 400, dtype=torch.float64)]).double()
     drawn = [(e, f"family, exponent {e:g}", 1.0, "#757575") for e in exponents]
     if fit is not None:
-        drawn.append((fit[0], f"fit: exponent {fit[0]:.3g}\n(error of d {fit[1]:.2g})", 1.7, DARK))
+        drawn.append(
+            (fit[0], f"fit: exponent {fit[0]:.3g}\n(rms distance {fit[1]:.2g})", 1.7, DARK)
+        )
     for place, (exponent, label, width, colour) in enumerate(drawn):
         accuracy, apart = correlated_family(p, exponent, reference_accuracy, classes)
         error = (1 - accuracy).clamp(min=1e-9)

@@ -74,7 +74,7 @@ def check_tensor(
         for size, want in zip(shape, sizes, strict=True):
             ok = ok and (want is None or size == want)
     if not ok:
-        raise ValueError(message(op, argument, _shape_rule(letters, sizes), list(shape)))
+        raise ValueError(message(op, argument, shape_rule(letters, sizes), list(shape)))
     if like is None:
         require(value.dtype in dtypes, op, argument, f"one of {names(dtypes)}", value.dtype)
         return
@@ -88,10 +88,11 @@ def check_tensor(
         raise ValueError(message(op, argument, rule, str(value.device)))
 
 
-def _shape_rule(letters: str, sizes: Sequence[int | None]) -> str:
+def shape_rule(letters: str, sizes: Sequence[int | None]) -> str:
+    """("S, S, 2", (5, 5, 2)) -> "[S, S, 2] with S = 5"."""
     known = [
         f"{letter} = {size}"
         for letter, size in zip(letters.split(", "), sizes, strict=True)
         if size is not None and letter != str(size)
     ]
-    return f"[{letters}]" + (" with " + ", ".join(known) if known else "")
+    return f"[{letters}]" + (" with " + ", ".join(dict.fromkeys(known)) if known else "")
