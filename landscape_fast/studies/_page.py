@@ -15,6 +15,7 @@ from landscape_fast.studies.report import write_texts
 
 VERDICTS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 _CLAIMS = (
+    ("number", "no."),
     ("claim", "claim"),
     ("source", "source"),
     ("found", "found"),
@@ -65,7 +66,7 @@ class Section:
         heading: of the section; sections have different ones.
         text: paragraphs.
         claims: rows of `_criteria.criterion`: source, rule, found, verdict, and if there are any
-            "claim" (in words) and "reason" (why nothing can be said).
+            "number", "claim" (in words) and "reason" (why nothing can be said).
         figures: of the section.
         tables: of the section.
         settings: name to value, nested as one likes: what was run, on what, with which versions.
