@@ -73,6 +73,8 @@ def adaptive_ece(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Tens
     Raises:
         ValueError: as `calibration_error`.
 
+    Cost: that of `calibration_error`. Differentiable through the confidences.
+
     Source: Nguyen and O'Connor 2015 (arXiv:1508.05154); "AdaECE" of Mukhoti et al. 2020
         (arXiv:2002.09437).
 
@@ -100,6 +102,8 @@ def mce(
 
     Raises:
         ValueError: as `calibration_error`.
+
+    Cost: that of `calibration_error`. Differentiable through the confidences.
 
     Source: Guo et al. 2017 (arXiv:1706.04599), equation 5.
 

@@ -38,6 +38,18 @@ def pair_diversity(logits: Tensor) -> PairDiversity:
 
     Returns:
         `PairDiversity`; see `landscape_fast.ops.pairwise_divergence` for dtypes and rules.
+
+    Raises:
+        TypeError, ValueError: as `ops.pairwise_divergence`, which computes both.
+
+    Cost: that of `ops.pairwise_divergence`, twice. Differentiable but for the disagreement.
+
+    Source: Fort et al. 2019 (arXiv:1912.02757), section 4.2; Lin 1991 for JS.
+
+    Example:
+        >>> logits = torch.tensor([[[9.0, 0.0], [0.0, 9.0]], [[9.0, 0.0], [2.0, 0.0]]])
+        >>> pair_diversity(logits).mean_disagreement
+        tensor(0.5000)
     """
     disagreement = pairwise_divergence(logits, "disagreement")
     js = pairwise_divergence(logits, "js")
@@ -45,10 +57,28 @@ def pair_diversity(logits: Tensor) -> PairDiversity:
 
 
 def off_diagonal_mean(matrix: Tensor) -> Tensor:
-    """Mean of the entries [i, j] of [M, M] with i != j; nan for M = 1."""
+    """Mean over all pairs of different members.
+
+    Args:
+        matrix: [M, M], floats; an entry for each pair.
+
+    Returns:
+        0-dim, of the dtype of the matrix: the mean of the entries [i, j] with i != j. nan for M = 1.
+
+    Raises:
+        RuntimeError: if the matrix is not square, from PyTorch.
+
+    Cost: M * M elements. No host synchronisation. Differentiable.
+
+    Source: the mean over pairs of Fort et al. 2019 (arXiv:1912.02757).
+
+    Example:
+        >>> off_diagonal_mean(torch.tensor([[9.0, 0.5], [0.25, 9.0]]))
+        tensor(0.3750)
+    """
     members = matrix.shape[0]
-    different = ~torch.eye(members, dtype=torch.bool, device=matrix.device)
-    return matrix[different].mean()
+    same = torch.eye(members, dtype=torch.bool, device=matrix.device)
+    return matrix.masked_fill(same, 0).sum() / (members * (members - 1))
 
 
 @dataclass(frozen=True)

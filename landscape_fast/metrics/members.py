@@ -134,7 +134,7 @@ def average_pairwise_diversity(logits: Tensor, kind: str = "disagreement") -> Te
         without examples.
 
     Raises:
-        TypeError: as `ops.pairwise_divergence`, which computes the pairs; so is ValueError.
+        TypeError, ValueError: as `ops.pairwise_divergence`, which computes the pairs.
 
     Cost: that of `ops.pairwise_divergence`. Differentiable for "js" and "kl".
 

@@ -54,8 +54,14 @@ def reliability_bins(
             ends at the confidence of rank ceil((b + 1) N / bins). Rows of equal confidence share a
             bin, whatever their order, so that ties make bins uneven and leave some empty.
 
+    Returns:
+        `ReliabilityBins`.
+
     Raises:
-        ValueError: if the shapes disagree or `bins` is below 1.
+        ValueError: if the shapes disagree, there are no rows, or `bins` is below 1.
+
+    Cost: one read, a search among the bins, and for `equal_mass` a sort. No host synchronisation.
+        Differentiable through the confidences; labels and bins are constant.
 
     Source: Guo et al. 2017 (arXiv:1706.04599); bins of equal mass as in Nguyen and O'Connor 2015
         (arXiv:1508.05154). The ECE of equal widths is that of `ops.ensemble_summary`.

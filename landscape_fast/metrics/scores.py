@@ -21,7 +21,7 @@ def member_nll(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> 
         NaN without examples.
 
     Raises:
-        TypeError: as `ops.ensemble_summary`, which computes it; so are ValueError, IndexError.
+        TypeError, ValueError, IndexError: as `ops.ensemble_summary`, which computes it.
 
     Cost: one read of the logits. Differentiable to any order.
 
@@ -48,7 +48,7 @@ def gibbs_nll(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> T
         0-dim, nats. At least `ensemble_nll`.
 
     Raises:
-        TypeError: as `member_nll`; so are ValueError and IndexError.
+        TypeError, ValueError, IndexError: as `ops.ensemble_summary`, which computes it.
 
     Cost: one read of the logits. Differentiable to any order.
 
@@ -75,7 +75,7 @@ def ensemble_nll(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -
         0-dim, nats. Not the score of averaged logits or averaged log-probabilities.
 
     Raises:
-        TypeError: as `member_nll`; so are ValueError and IndexError.
+        TypeError, ValueError, IndexError: as `ops.ensemble_summary`, which computes it.
 
     Cost: one read of the logits. Differentiable to any order.
 
@@ -102,7 +102,7 @@ def brier(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tenso
         0-dim in [0, 2]; for two classes twice the score of Brier's binary form.
 
     Raises:
-        TypeError: as `member_nll`; so are ValueError and IndexError.
+        TypeError, ValueError, IndexError: as `ops.ensemble_summary`, which computes it.
 
     Cost: one read of the logits. Differentiable to any order.
 
@@ -141,7 +141,8 @@ def ambiguity(
         of, in the dtype of the summary (pass float64 logits for members that are nearly equal).
 
     Raises:
-        ValueError: if `score` is unknown, or as `member_nll`; so are TypeError and IndexError.
+        ValueError: if `score` is unknown.
+        TypeError, ValueError, IndexError: as `ops.ensemble_summary`, which computes both scores.
 
     Cost: one read of the logits. Differentiable to any order.
 
