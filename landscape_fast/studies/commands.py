@@ -107,30 +107,36 @@ def _study(args: Namespace, checkpoints: Path | None, old: list[Path]) -> int:
 
 
 @contextmanager
+def on_device(args: Namespace) -> Iterator[str]:
+    """Yields where to compute, from --device, with --threads in force."""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.usage_error("argument --device: must be auto or cpu where torch sees no GPU; got cuda")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        yield automatic if args.device == "auto" else args.device
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def prepared(args: Namespace, old: list[Path]):
     """Yields (Problem, Dataset, TrainConfig, device) of the arguments, with --threads in force.
 
     `old` checkpoints are deleted once the run has some of its own; see `replacing`.
     """
-    import torch
-
     from landscape_fast.studies.compare import Problem
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        args.usage_error("argument --device: must be auto or cpu where torch sees no GPU; got cuda")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = automatic if args.device == "auto" else args.device
-    config = _config(args)
-    problem = Problem(**_given(args, _PROBLEM))
-    args.out.mkdir(parents=True, exist_ok=True)
-    dataset = problem.load()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads or threads)
-    try:
+    with on_device(args) as device:
+        config = _config(args)
+        problem = Problem(**_given(args, _PROBLEM))
+        args.out.mkdir(parents=True, exist_ok=True)
+        dataset = problem.load()
         with replacing(old):
             yield problem, dataset, config, device
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -1,0 +1,296 @@
+"""The claims of Fort et al. 2019 about one set of runs: criterion, what was found, verdict."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from landscape_fast.landscape import OodReport, SizeCurve, lower_limit, upper_limit
+from landscape_fast.studies._criteria import criterion
+from landscape_fast.studies._landscape_measure import Diversity, Likeness, clusters
+from landscape_fast.studies._landscape_shift import SINGLE, Shift, mean_over_runs
+from landscape_fast.studies._landscape_space import Radial, Starts
+
+ORTHOGONAL, ALIGNED = 0.05, 0.95  # cosines across runs, and to the end of one run
+APART = 1.5  # disagreement across runs by that within one
+CLUSTERS = 1.4  # distance across runs by that within one
+NEAR = 0.01  # loss of accuracy up to which the diversity of samples is compared
+SHARE = 0.6  # of the diversity of independent runs, which samples then have at most
+ABOVE, BELOW = 0.02, 0.03  # beyond the limits, for counting errors
+FAMILY = 0.015  # root mean square distance to the fitted curve
+GAIN = 0.015  # of accuracy, by an ensemble
+LOST = 0.005  # of accuracy, which an ensemble of samples may be worse
+AVERAGE = 0.01  # of accuracy, around that of a single network
+MORE_DIVERSE = 1.5  # divergence of independent runs by that of samples
+BRIER = 0.02  # less by an ensemble under shift
+HALFWAY = 0.3  # accuracy between two optima, at their radius, at most
+OWN_SIDE = 30.0  # degrees from an optimum up to which functions agree more with it
+ONE_RUN = "needs two runs or more; this folder has one network"
+NO_WAY = "needs checkpoints of the training: train with --keep-every"
+
+
+def claim(
+    words: str,
+    source: str,
+    rule: str,
+    form: str,
+    values: Sequence[float | None] | None,
+    holds: Callable[[float], bool],
+    reason: str = "",
+) -> dict[str, Any]:
+    """A row of `criterion` with the claim in words, and why it cannot be decided if it cannot."""
+    told = [v for v in values or [] if v is not None and math.isfinite(v)]
+    row = criterion(source, rule, form, told, holds)
+    return {"claim": words, **row, "reason": "" if told else reason}
+
+
+def worst(values: Iterable[float]) -> list[float]:
+    """The smallest alone, of a statement that has to hold for all of them."""
+    values = list(values)
+    return [min(values)] if values else []
+
+
+def judge_likeness(found: Likeness) -> list[dict[str, Any]]:
+    """X1: what is within a run and what is across runs."""
+    runs = torch.tensor(found.runs)
+    R = int(runs.max()) + 1
+    ends = torch.tensor([int((runs == r).nonzero()[-1]) for r in range(R)])
+    pairs = torch.ones(R, R, dtype=torch.bool).triu(1)
+    cosine = found.cosine[ends][:, ends][pairs].abs().max() if R > 1 else None
+    late = [((runs == r) & found.late).nonzero()[:, 0] for r in range(R)]
+    aligned = [found.cosine[ends[r], late[r]].min() for r in range(R) if len(late[r]) > 1]
+    within = [found.disagreement[a][:, a].max() for a in late if len(a) > 1]
+    across = [found.disagreement[a][:, b].min() for a, b in itertools.combinations(late, 2)]
+    ratio = None
+    if within and across:
+        ratio = float(min(across)) / max(float(max(within)), 1e-12)
+    near, far = clusters(found)[::-1]
+    why = ONE_RUN if R == 1 else NO_WAY
+    return [
+        claim(
+            "independent runs end in weights that are orthogonal", "F2, Fig 3",
+            f"largest |cosine| of two solutions at most {ORTHOGONAL}", "{:.4f}",
+            [] if cosine is None else [float(cosine)], lambda v: v <= ORTHOGONAL, ONE_RUN,
+        ),
+        claim(
+            "late checkpoints of a run point where its end points", "F2, Fig 2a",
+            f"smallest cosine with the end, over the second half, at least {ALIGNED}", "{:.4f}",
+            [float(a) for a in aligned], lambda v: v >= ALIGNED, NO_WAY,
+        ),
+        claim(
+            "two runs disagree more than late checkpoints of one run", "F3, Fig 2b, 3",
+            f"smallest disagreement across by largest within at least {APART}", "{:.2f}",
+            [ratio], lambda v: v >= APART, why,
+        ),
+        claim(
+            "runs are clusters in function space", "F4, Fig 2c",
+            f"smallest distance across by largest within at least {CLUSTERS}", "{:.2f}",
+            [far / near] if near > 0 else [], lambda v: v >= CLUSTERS, why,
+        ),
+    ]  # fmt: skip
+
+
+def judge_diversity(found: Sequence[Diversity], classes: int) -> list[dict[str, Any]]:
+    """X3: samples around a solution against independent runs; one value for each run."""
+    ratios, excess, short, rmse = [], [], [], []
+    for each in found:
+        accuracy, away = (torch.cat([p[k] for p in each.points.values()]) for k in (1, 2))
+        near = accuracy >= each.accuracy - NEAR
+        best = (away / (1 - accuracy).clamp(min=1e-12))[near & (accuracy < 1)]
+        others = each.optima[1] / (1 - each.optima[0]).clamp(min=1e-12)
+        told = len(best) and len(others) and float(others.mean()) > 0
+        ratios.append(float(best.max() / others.mean()) if told else None)
+        least = lower_limit(accuracy, each.accuracy, classes)
+        most = upper_limit(accuracy, each.accuracy, classes)
+        excess.append(float((away - most).max()))
+        short.append(float((least - away).max()))
+        rmse.append(None if each.fit is None else each.fit.rmse)
+    why = ONE_RUN if len(found) == 1 else f"no sample is within {NEAR:.0%} of its solution"
+    return [
+        claim(
+            "samples around a solution are less diverse than independent runs", "F13, F14, Fig 6",
+            f"most diverse sample within {NEAR:.0%} of the accuracy, by independent runs, at most "
+            f"{SHARE}", "{:.2f}", ratios, lambda v: v <= SHARE, why,
+        ),
+        claim(
+            "no function is more diverse than one of independent errors", "F15, Fig 6",
+            f"disagreement above the upper limit by at most {ABOVE}", "{:+.3f}", excess,
+            lambda v: v <= ABOVE,
+        ),
+        claim(
+            "no function is less diverse than random changes of the reference", "F16, Fig 6",
+            f"disagreement below the lower limit by at most {BELOW}", "{:+.3f}", short,
+            lambda v: v <= BELOW,
+        ),
+        claim(
+            "samples lie on a one-parameter family", "F17, Fig S6",
+            f"root mean square distance to the fitted curve at most {FAMILY}", "{:.4f}", rmse,
+            lambda v: v <= FAMILY, "no sample differs from its solution",
+        ),
+    ]  # fmt: skip
+
+
+def judge_sizes(
+    found: dict[str, SizeCurve], ways: Sequence[str], reasons: dict[str, str]
+) -> list[dict[str, Any]]:
+    """X4: what ensembles gain, alone and with samples around each of their networks."""
+    plain = found["original"]
+    k = min(4, len(plain.sizes))
+    several = k > 1
+    ends = float(plain.accuracy[k - 1] - plain.accuracy[0])
+    brier = float(plain.brier.diff().max()) if several else None
+    drawn = [w for w in ways if w in found]
+    combined = {w: float(found[w].accuracy[k - 1] - plain.accuracy[k - 1]) for w in drawn}
+    alone = [float(found[w].accuracy[0] - plain.accuracy[0]) for w in drawn]
+    average = found.get("weight_average")
+    moved = None if average is None else float(average.accuracy[0] - plain.accuracy[0])
+    names = ", ".join(drawn)
+    return [
+        claim(
+            "an ensemble is more accurate than its members", "F18, Fig 8",
+            f"{k} networks instead of one gain at least {100 * GAIN:g} points", "{:+.2%}",
+            [ends] if several else [], lambda v: v >= GAIN, ONE_RUN,
+        ),
+        claim(
+            "the Brier score falls with every network", "F18, F20, Fig 8",
+            "largest change from one size to the next below 0", "{:+.4f}", [brier],
+            lambda v: v < 0, ONE_RUN,
+        ),
+        claim(
+            "samples around its networks do not harm an ensemble", "F18, Fig 8",
+            f"{k} networks with samples ({names}) lose at most {100 * LOST:g} points", "{:+.2%}",
+            worst(combined.values()), lambda v: v >= -LOST, _why(ways, reasons),
+        ),
+        claim(
+            "an ensemble gains more than sampling around one solution", "F18, Fig 8",
+            "gain of the ensemble less the best gain by samples above 0", "{:+.2%}",
+            [ends - max(alone)] if several and alone else [], lambda v: v > 0,
+            _why(ways, reasons) if several else ONE_RUN,
+        ),
+        claim(
+            "averaging the last checkpoints stays at the same solution", "F19, Fig 8",
+            f"accuracy within {100 * AVERAGE:g} point of the solutions", "{:+.2%}", [moved],
+            lambda v: abs(v) <= AVERAGE, NO_WAY,
+        ),
+    ]  # fmt: skip
+
+
+def judge_shift(found: Shift | None, ways: Sequence[str], reason: str) -> list[dict[str, Any]]:
+    """X5: divergence and Brier score under corruption; the value of the worst severity."""
+    curves = {} if found is None else mean_over_runs(found.curves.curves)
+    levels = [] if found is None else found.curves.severity.tolist()
+    several = found is not None and found.curves.members > 1
+    js = {way: scores["js"] for way, scores in curves.items()}
+    around = [way for way in ways if way in js]
+    ratio, grows, least, better = [], [], [], []
+    if several:
+        most = torch.stack([js[way] for way in around]).max(0).values if around else None
+        ratio = [] if most is None else (js["independent"] / most.clamp(min=1e-12)).tolist()
+        grows = js["independent"].diff().tolist()
+        others = [way for way in around if way != "diagonal"]
+        if "diagonal" in js and others:
+            least = (torch.stack([js[w] for w in others]).min(0).values - js["diagonal"]).tolist()
+        gap = (curves[SINGLE]["brier"] - curves["independent"]["brier"]).tolist()
+        better = [g for g, level in zip(gap, levels, strict=True) if level >= 3]
+    why = reason or ONE_RUN
+    M = found.curves.members if several else 0
+    return [
+        claim(
+            "under corruption independent runs diverge more than samples", "F22, Fig 9",
+            f"JS by the largest of the samples at least {MORE_DIVERSE} at every severity", "{:.2f}",
+            worst(ratio), lambda v: v >= MORE_DIVERSE, why,
+        ),
+        claim(
+            "the divergence of independent runs grows with the corruption", "F22, Fig 9",
+            "smallest change of JS from one severity to the next above 0 (nats)", "{:+.4f}",
+            worst(grows),
+            lambda v: v > 0, why,
+        ),
+        claim(
+            "samples of the diagonal Gaussian diverge least", "F22, Fig 9",
+            "JS below that of the other samples at every severity (nats)", "{:+.4f}",
+            worst(least), lambda v: v > 0, reason or (ONE_RUN if not several else NO_WAY),
+        ),
+        claim(
+            "ensembles are better under strong corruption", "F21, Fig 9",
+            f"Brier score of {M or 'several'} networks lower by at least {BRIER} at severities "
+            "from 3 on", "{:+.4f}", worst(better), lambda v: v >= BRIER,
+            why if not several else "no severity of 3 or more was measured",
+        ),
+    ]  # fmt: skip
+
+
+def judge_ood(found: OodReport | None, reason: str) -> list[dict[str, Any]]:
+    """X6: the order of divergences on images from elsewhere; the value of the worst set."""
+    values = {"independent": [], "trajectory": []}
+    if found is not None and found.members > 1:
+        ways = mean_js(found)
+        for upper, lower in (("independent", "trajectory"), ("trajectory", "diagonal")):
+            if upper in ways and lower in ways:
+                values[upper] = [ways[upper][s] - ways[lower][s] for s in ways[upper]]
+    why = reason or (NO_WAY if found is not None and found.members > 1 else ONE_RUN)
+    return [
+        claim(
+            "on foreign images independent runs diverge more than one trajectory", "F23, text",
+            "JS less that of the last checkpoints of a run above 0 on every set (nats)", "{:+.4f}",
+            worst(values["independent"]), lambda v: v > 0, why,
+        ),
+        claim(
+            "and a trajectory more than the diagonal Gaussian", "F23, text",
+            "JS less that of the samples above 0 on every set (nats)", "{:+.4f}",
+            worst(values["trajectory"]), lambda v: v > 0, why,
+        ),
+    ]  # fmt: skip
+
+
+def mean_js(found: OodReport) -> dict[str, dict[str, float]]:
+    """Way to set of images to the divergence, mean over runs."""
+    sets = next(iter(found.unknown.values()))
+    each = {s: mean_over_runs({g: v[s] for g, v in found.unknown.items()}) for s in sets}
+    return {way: {s: float(each[s][way]["js"]) for s in sets} for way in next(iter(each.values()))}
+
+
+def judge_space(radial: Radial | None, starts: Starts | None, norms, runs: int):
+    """X7 and F30: the plane between two solutions, norms, and the way from the start."""
+    middle, same, sides = [], [], []
+    if radial is not None:
+        middle = [float(radial.arc.accuracy[0, len(radial.angle) // 2])]
+        ends = radial.arc.agreement[0, 0, -1], radial.arc.agreement[1, 0, 0]
+        same = [max(abs(float(e) - (1 - radial.disagreement)) for e in ends)]
+        gap = radial.arc.agreement[0, 0] - radial.arc.agreement[1, 0]
+        first, second = radial.angle < OWN_SIDE, radial.angle > radial.end - OWN_SIDE
+        sides = [float(gap[first].min()), float(-gap[second].max())]
+    grows = [] if norms.shape[1] < 2 else norms.diff(dim=1).min(1).values.tolist()
+    rises = [] if starts is None else starts.loss.diff(dim=1).max(1).values.tolist()
+    return [
+        claim(
+            "between two solutions, at their distance from the origin, accuracy is lost",
+            "F11, Fig 5", f"accuracy halfway at most {HALFWAY:.0%}", "{:.1%}", middle,
+            lambda v: v <= HALFWAY, ONE_RUN,
+        ),
+        claim(
+            "agreement of the solutions is 1 - disagreement", "F3, F11, Fig 5",
+            "difference exactly 0", "{:.1e}", same, lambda v: v < 1e-12, ONE_RUN,
+        ),
+        claim(
+            "functions near a solution agree with it rather than with the other", "F11, Fig 5",
+            f"difference of the agreements above 0 up to {OWN_SIDE:.0f} degrees from each",
+            "{:+.1%}", worst(sides), lambda v: v > 0, ONE_RUN,
+        ),
+        claim(
+            "weights move away from the origin during training", "F11, Fig 5",
+            "smallest change of the norm from one checkpoint to the next above 0", "{:+.3f}",
+            grows, lambda v: v > 0, NO_WAY,
+        ),
+        claim(
+            "the loss falls all along the straight line from the first weights to the last",
+            "F30, text", "largest rise of the training loss from one point to the next at most 0 "
+            "(nats)", "{:+.4f}", rises, lambda v: v <= 0, NO_WAY,
+        ),
+    ]  # fmt: skip
+
+
+def _why(ways: Sequence[str], reasons: dict[str, str]) -> str:
+    return "; ".join(f"{way}: {reasons[way]}" for way in ways if way in reasons) or ONE_RUN

@@ -1,0 +1,164 @@
+"""Ensembles of a run on corrupted test images and on images from elsewhere."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from landscape_fast import data
+from landscape_fast.landscape import OodReport, ShiftCurves, out_of_distribution, under_shift
+from landscape_fast.studies._landscape_bench import Bench, Networks, pool
+from landscape_fast.studies._landscape_measure import Samples, weight_averages
+
+SINGLE = "single"
+
+
+class Groups(NamedTuple):
+    """Ensembles of equally many members.
+
+    Attributes:
+        networks: all members.
+        places: of the members of each group, which is named "way" or "way/run".
+        members: M.
+        reasons: way to why it is left out.
+    """
+
+    networks: Networks
+    places: dict[str, list[int]]
+    members: int
+    reasons: dict[str, str]
+
+
+class Shift(NamedTuple):
+    """What was found under corruptions.
+
+    Attributes:
+        curves: groups of one way still apart; see `mean_over_runs`.
+        corruptions: names.
+        rows: how many images.
+        source: where the corrupted images come from.
+    """
+
+    curves: ShiftCurves
+    corruptions: tuple[str, ...]
+    rows: int
+    source: str
+
+
+def make_groups(bench: Bench, samples: dict[str, Samples]) -> Groups:
+    """Independent runs, and as many networks around single runs, for each way."""
+    M = bench.R
+    around = range(bench.R if bench.settings.shift_runs is None else bench.settings.shift_runs)
+    around = [r for r in around if r < bench.R]
+    chosen = {"independent": bench.weights}
+    reasons = {}
+    averages = weight_averages(bench)
+    if averages is not None:
+        chosen["weight_average"] = averages
+    last = bench.late(1.0)[-M:]
+    if len(last) == M and M > 1:
+        for r in around:
+            chosen[f"trajectory/{r}"] = bench.checkpoints[r, last].to(bench.device)
+    else:
+        reasons["trajectory"] = f"needs {M} kept checkpoints, as many as there are runs"
+    for way, each in samples.items():
+        if each.weights.shape[1] < M:
+            reasons[way] = f"fewer than {M} samples were accepted around every run"
+            continue
+        for r in around:
+            chosen[f"{way}/{r}"] = each.weights[r, :M]
+    weights, places = pool(chosen)
+    for r in range(bench.R):  # M times the same network: its own scores
+        places[f"{SINGLE}/{r}"] = [r] * M
+    return Groups(bench.networks(weights), places, M, reasons)
+
+
+def mean_over_runs(groups: Mapping[str, NamedTuple]) -> dict[str, dict[str, Tensor]]:
+    """Way to name of a score to its mean over the runs of that way."""
+    ways = dict.fromkeys(name.partition("/")[0] for name in groups)
+    found = {}
+    for way in ways:
+        each = [scores for name, scores in groups.items() if name.partition("/")[0] == way]
+        fields = [f for f in each[0]._fields if isinstance(getattr(each[0], f), Tensor)]
+        found[way] = {f: torch.stack([getattr(s, f) for s in each]).mean(0) for f in fields}
+    return found
+
+
+def measure_shift(bench: Bench, groups: Groups, corrupted: Path | None) -> Shift:
+    """Scores by severity; severity 0 are the test images as they are.
+
+    Args:
+        corrupted: folder of published arrays, one for each corruption; None makes corruptions.
+    """
+    rows = bench.test.first(bench.settings.shift_rows)
+    images = bench.run.images[rows.index]
+    names = bench.settings.corruptions or _all_names(images, corrupted)
+    shifts: dict[tuple[str, int], Callable[[], Tensor]] = {
+        ("none", 0): lambda: bench.run.inputs(images)
+    }
+    for name in names:
+        for severity in bench.settings.severities:
+            shifts[name, severity] = _maker(bench, images, rows.index, name, severity, corrupted)
+    found = under_shift(groups.networks, shifts, rows.y.cpu(), groups.places)
+    source = f"the arrays in {corrupted}" if corrupted else "made from the test images"
+    return Shift(found, tuple(names), len(rows.y), source)
+
+
+def _all_names(images: Tensor, corrupted: Path | None) -> tuple[str, ...]:
+    if corrupted is not None:
+        return tuple(name for name in data.CORRUPTIONS if (corrupted / f"{name}.npy").exists())
+    return tuple(n for n in data.CORRUPTIONS if n != "saturate" or images.shape[1] == 3)
+
+
+def _maker(bench: Bench, images, index, name, severity, corrupted) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        if corrupted is None:
+            changed = data.corrupt(images, name, severity, seed=bench.settings.seed, index=index)
+        else:
+            changed = data.cifar_c(corrupted, name, severity).test_x[index]
+        return bench.run.inputs(changed)
+
+    return make
+
+
+def measure_ood(bench: Bench, groups: Groups, folders: Mapping[str, Path]) -> OodReport:
+    """Divergence and detection on images from elsewhere: stand-ins, and folders if given."""
+    rows = bench.test.first(bench.settings.shift_rows)
+    images = bench.run.images[rows.index]
+    sets = foreign_sets(images, folders, bench.settings.seed)
+    unknown = {name: _given(bench, make) for name, make in sets.items()}
+    known = bench.run.inputs(images)
+    places = {name: at for name, at in groups.places.items() if not name.startswith(SINGLE)}
+    return out_of_distribution(groups.networks, known, unknown, places)
+
+
+def _given(bench: Bench, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: bench.run.inputs(make())
+
+
+def foreign_sets(
+    images: Tensor, folders: Mapping[str, Path], seed: int
+) -> dict[str, Callable[[], Tensor]]:
+    """Name to a function that makes images in [0, 1] of the shape of these test images."""
+    sets = {
+        "inverted": lambda: data.inverted(images),
+        "patch_shuffled": lambda: data.patch_shuffled(images, seed=seed),
+        "noise": lambda: data.noise(images, seed=seed),
+    }
+    return sets | {name: _reader(name, folder, images) for name, folder in folders.items()}
+
+
+def _reader(name: str, folder: Path, images: Tensor) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        x = getattr(data, name)(folder).test_x[: len(images)]
+        C, *size = images.shape[1:]
+        if list(x.shape[2:]) != size:
+            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+        if x.shape[1] != C:  # grey as colour, or colour as grey
+            x = x.mean(1, keepdim=True).expand(-1, C, -1, -1)
+        return x.contiguous()
+
+    return read

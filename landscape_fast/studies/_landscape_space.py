@@ -1,0 +1,160 @@
+"""Where the runs of a landscape report lie in weight space: plane, ray, line from the start."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from landscape_fast.landscape import PlaneMap, map_plane, project, radial_map
+from landscape_fast.methods import sweep
+from landscape_fast.nn.geometry import radial_plane
+from landscape_fast.ops import gram, pairwise_disagreement
+from landscape_fast.studies._landscape_bench import Bench
+from landscape_fast.studies._landscape_measure import Samples
+
+ANGLES = 19  # of the arc at the radius of the optima, every five degrees
+
+
+class Radial(NamedTuple):
+    """The plane through the origin and the solutions of the first two runs.
+
+    Attributes:
+        map: on the grid.
+        trajectories: run to [T, 2], its checkpoints in the plane.
+        samples: [S, 2], samples of the diagonal Gaussians around both solutions; or None.
+        angle: [A] degrees, from the first solution to the second, of points at their radius.
+        arc: scores of these points, [1, A].
+        end: the angle of the second solution.
+        disagreement: of the two solutions, on the rows of the plane.
+    """
+
+    map: PlaneMap
+    trajectories: dict[int, Tensor]
+    samples: Tensor | None
+    angle: Tensor
+    arc: PlaneMap
+    end: float
+    disagreement: float
+
+
+def measure_radial(bench: Bench, samples: dict[str, Samples]) -> Radial:
+    """The radial plane of runs 0 and 1; needs two runs."""
+    optima, rows = bench.weights[:2], bench.test.first(bench.settings.map_rows)
+    axes = radial_plane(gram(optima).cpu())
+    trajectories = {}
+    if bench.run.trajectories is not None:
+        for r in (0, 1):
+            trajectories[r] = project(bench.checkpoints[r].to(bench.device), optima, axes).at
+    cloud = None
+    if "diagonal" in samples:
+        cloud = project(samples["diagonal"].weights[:2].flatten(0, 1), optima, axes).at
+    around = torch.cat([*trajectories.values(), *([] if cloud is None else [cloud])] or [
+        torch.zeros(1, 2, dtype=torch.float64)
+    ])  # fmt: skip
+    found = radial_map(
+        bench.model, optima, rows.x, rows.y, points=bench.settings.plane_points, around=around,
+        **bench.saved("radial plane"),
+    )  # fmt: skip
+    first, second = found.anchors_at
+    end = math.degrees(math.atan2(float(second[1]), float(second[0])))
+    angle = torch.linspace(0, end, ANGLES, dtype=torch.float64)
+    arc = _arc(bench, optima, axes, angle, end, rows)
+    labels = bench.logits(optima, rows, "optima of the plane").argmax(-1)
+    apart = float(pairwise_disagreement(labels)[0, 1])
+    return Radial(found, trajectories, cloud, angle, arc, end, apart)
+
+
+def _arc(bench: Bench, optima: Tensor, axes, angle: Tensor, end: float, rows) -> PlaneMap:
+    """Points whose radius goes from that of the first solution to that of the second."""
+    norms = optima.double().norm(dim=1).cpu()
+    radius = norms[0] + (norms[1] - norms[0]) * angle / end
+    places = torch.stack([angle.deg2rad().cos(), angle.deg2rad().sin()]) * radius
+    found = [
+        map_plane(
+            bench.model, optima, axes, x[None], y[None], rows.x, rows.y,
+            **bench.options, progress=False,
+        )
+        for x, y in places.T
+    ]  # fmt: skip
+    loss, accuracy = (torch.cat([getattr(f, k) for f in found], 1) for k in ("loss", "accuracy"))
+    agreement = torch.cat([f.agreement for f in found], 2)
+    return found[0]._replace(x=places[0], y=places[1], loss=loss, accuracy=accuracy,
+                             agreement=agreement)  # fmt: skip
+
+
+class Starts(NamedTuple):
+    """The straight lines from the first weights of every run to its last.
+
+    Attributes:
+        t: [S], 0 at the first weights.
+        loss: [R, S], mean cross-entropy on training rows, nats.
+        accuracy: [R, S].
+    """
+
+    t: Tensor
+    loss: Tensor
+    accuracy: Tensor
+
+
+def measure_starts(bench: Bench) -> Starts:
+    """Losses on training rows; needs the weights before training."""
+    count = bench.settings.path_points
+    t, losses, accuracies = torch.linspace(0, 1, count, dtype=torch.float64), [], []
+    for r in range(bench.R):
+        line, rows = line_of(bench, r, t), bench.train
+        found = sweep(
+            bench.model, line, count, rows.x, rows.y, **bench.saved(f"line from start {r}")
+        )
+        losses.append(found.loss.double())
+        accuracies.append(found.accuracy.double())
+    return Starts(t, torch.stack(losses), torch.stack(accuracies))
+
+
+def line_of(bench: Bench, r: int, t: Tensor):
+    """Weights along the line from the start of run r to its solution, as `sweep` takes them."""
+    return between(bench.checkpoints[r, 0].to(bench.device), bench.weights[r], t)
+
+
+def between(start: Tensor, end: Tensor, t: Tensor):
+    """Weights along a straight line, as `sweep` takes them."""
+    t = t.to(start)[:, None]
+    return lambda a, b: torch.lerp(start[None], end[None], t[a:b])
+
+
+class Curvature(NamedTuple):
+    """Hessians of the training loss along lines.
+
+    Attributes:
+        t: [S].
+        top: name of a line to [S], the largest eigenvalue.
+        trace: name of a line to [S].
+        trace_se: name of a line to [S], standard errors.
+    """
+
+    t: Tensor
+    top: dict[str, Tensor]
+    trace: dict[str, Tensor]
+    trace_se: dict[str, Tensor]
+
+
+def measure_curvature(bench: Bench) -> Curvature:
+    """From the start of run 0 to its solution, and from there to that of run 1."""
+    from landscape_fast.landscape import curvature_along
+
+    count = bench.settings.curvature_points
+    t = torch.linspace(0, 1, count, dtype=torch.float64)
+    lines = {}
+    if bench.run.trajectories is not None and bench.epochs[0] == 0:
+        lines["start to optimum"] = line_of(bench, 0, t)
+    if bench.R > 1:
+        lines["optimum to optimum"] = between(bench.weights[0], bench.weights[1], t)
+    top, trace, errors = {}, {}, {}
+    for name, line in lines.items():
+        found = curvature_along(
+            bench.model, line, count, bench.train.x, bench.train.y, k=1, samples=10,
+            seed=bench.settings.seed, label=f"curvature, {name}", progress=bench.progress,
+            **bench.options,
+        )  # fmt: skip
+        top[name], trace[name], errors[name] = found.eigenvalues[:, 0], found.trace, found.trace_se
+    return Curvature(t, top, trace, errors)
