@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+_LUMA = (0.299, 0.587, 0.114)
 Taps = tuple[tuple[Tensor, Tensor], ...]
 
 
@@ -131,3 +132,11 @@ def _box_taps(size: int, new: int) -> Taps:
     index = torch.tensor([found + found[-1:] * (most - len(found)) for found in covered])
     weight = torch.tensor([[1 / len(f)] * len(f) + [0.0] * (most - len(f)) for f in covered])
     return tuple((index[:, t], weight[:, t]) for t in range(most))
+
+
+def luma(x: Tensor) -> Tensor:
+    """[n, 1, H, W]: the grey of Rec. 601 for images in colour; grey ones as they are."""
+    if x.shape[1] == 1:
+        return x
+    red, green, blue = (x[:, c : c + 1] * weight for c, weight in enumerate(_LUMA))
+    return red + green + blue

@@ -6,9 +6,8 @@ from torch import Tensor
 from landscape_fast.data._blurs import blurred_along
 from landscape_fast.data._draws import Draws
 from landscape_fast.data._liquid import emboss_of_drops
-from landscape_fast.data._pixels import gaussian, zoomed
+from landscape_fast.data._pixels import gaussian, luma, zoomed
 
-_GREY = (0.299, 0.587, 0.114)
 _WATER, _MUD = (175, 238, 238), (63, 42, 20)  # red, green, blue
 # Mean colours of the authors' five photographs of frost, and how much their brightness varies
 # (standard deviation) within 32 x 32 pixels at the scale at which they are used.
@@ -31,16 +30,8 @@ def snow(x: Tensor, parameters: tuple, draws: Draws) -> Tensor:
     flakes = zoomed(draws.normal(1, *x.shape[2:]) * deviation + mean, enlarged)
     flakes = torch.where(flakes < least, 0.0, flakes).clamp_(0, 1)
     flakes = blurred_along(flakes, radius, sigma, (-135, -45), draws)
-    whitened = torch.maximum(x, grey(x) * 1.5 + 0.5)
+    whitened = torch.maximum(x, luma(x) * 1.5 + 0.5)
     return x * kept + whitened * (1 - kept) + (flakes + flakes.flip(2, 3))
-
-
-def grey(x: Tensor) -> Tensor:
-    """[n, 1, H, W]: the luma of Rec. 601."""
-    if x.shape[1] == 1:
-        return x
-    red, green, blue = (x[:, c : c + 1] * weight for c, weight in enumerate(_GREY))
-    return red + green + blue
 
 
 def fog(x: Tensor, parameters: tuple[float, float], draws: Draws) -> Tensor:
@@ -95,12 +86,13 @@ def ice(channels: int, size: tuple[int, int], draws: Draws) -> Tensor:
     """[n, channels, *size] in [0, 1], the texture of `frost`."""
     colours = torch.tensor([colour for colour, _ in _FROST]).view(-1, 3, 1, 1)
     if channels == 1:
-        colours = grey(colours)
+        colours = luma(colours)
     spread = torch.tensor([deviation for _, deviation in _FROST]).view(-1, 1, 1, 1)
     kind = draws.below(len(_FROST))
     colours, spread = colours.to(kind.device)[kind], spread.to(kind.device)[kind]
     needles = [blurred_along(draws.normal(1, *size), 6, 2.5, (-180, 180), draws) for _ in range(2)]
-    texture = torch.maximum(*needles) + plasma(size, 1.75, draws) - 0.5
+    # Over 2,000 images of 32 x 32 pixels this sum has mean 0.77 and deviation 0.435 within each.
+    texture = (torch.maximum(*needles) + plasma(size, 1.75, draws) - 0.77) / 0.435
     return (colours + texture * spread).clamp_(0, 1)
 
 
@@ -113,7 +105,7 @@ def spatter(x: Tensor, parameters: tuple, draws: Draws) -> Tensor:
     mean, deviation, smooth, least, strength, mud = parameters
     layer = gaussian(draws.normal(1, *x.shape[2:]) * deviation + mean, smooth)
     colour = torch.tensor(_MUD if mud else _WATER, device=x.device).view(1, 3, 1, 1) / 255
-    colour = grey(colour) if x.shape[1] == 1 else colour
+    colour = luma(colour) if x.shape[1] == 1 else colour
     if mud:
         cover = gaussian((layer > least).float(), strength)
         cover = torch.where(cover < 0.8, 0.0, cover)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast.data import _blurs, _digital, _noise, _weather
+from landscape_fast.data._checks import check_images, need, positions
 from landscape_fast.data._draws import Draws
 
 # name: (function, parameters of severities 1 to 5), those of the authors' code for 32 x 32 images.
@@ -54,7 +55,7 @@ _TABLE = {
 }
 CORRUPTIONS = tuple(_TABLE)
 _COLOUR = ("saturate",)
-_VALUES = 1 << 19  # of a chunk: temporaries of 4 MB stay in the cache
+_VALUES = 1 << 18  # of a chunk: temporaries of 2 MB stay in the cache
 
 
 def corrupt(
@@ -84,7 +85,7 @@ def corrupt(
     Raises:
         ValueError: if an argument is not as said, or "saturate" meets images without colour.
 
-    Cost: 2 to 40 passes over the images, in chunks of 2^19 values; no loop over images.
+    Cost: 2 to 40 passes over the images, in chunks of 2^18 values; no loop over images.
 
     Source: Hendrycks & Dietterich 2019 (arXiv:1903.12261), section 3 and appendices A and B; the
     parameters, in pixels of 32 x 32 images, are those of the authors' make_cifar_c.py.
@@ -98,7 +99,8 @@ def corrupt(
         >>> torch.equal(second, noisy[1:])
         True
     """
-    index = _checked(images, name, severity, index)
+    _check(images, name, severity)
+    index = positions("corrupt", images, index)
     change, parameters = _TABLE[name]
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
     each = max(1, _VALUES // max(1, images[:1].numel()))
@@ -111,30 +113,10 @@ def corrupt(
     return out
 
 
-def _checked(images: Tensor, name: str, severity: int, index: Tensor | None) -> Tensor:
-    """Raises as `corrupt` says; returns the positions of the images."""
-
-    def need(ok: bool, argument: str, rule: str, got, remedy: str = ""):
-        if not ok:
-            raise ValueError(f"corrupt: {argument} must be {rule}; got {got}{remedy}")
-
-    need(isinstance(images, Tensor), "images", "a tensor", type(images).__name__)
-    shape = list(images.shape)
-    fits = len(shape) == 4 and shape[1] in (1, 3) and min(shape[2:]) >= 8
-    need(fits, "images", "[N, C, H, W] with C 1 or 3 and H, W of at least 8", shape)
-    known = ", ".join(CORRUPTIONS)
-    need(name in _TABLE, "name", f"one of {known}", repr(name))
+def _check(images: Tensor, name: str, severity: int) -> None:
+    need(name in _TABLE, "corrupt", "name", f"one of {', '.join(CORRUPTIONS)}", repr(name))
     whole = isinstance(severity, int) and not isinstance(severity, bool)
-    need(whole and 1 <= severity <= 5, "severity", "1, 2, 3, 4 or 5", repr(severity))
-    need(name not in _COLOUR or shape[1] == 3, "images", f"in colour for {name}", shape)
-    scale = '; load them with scale="unit"'
-    need(images.dtype == torch.float32, "images", "float32 in [0, 1]", images.dtype, scale)
-    if images.numel():
-        low, high = (float(v) for v in images.aminmax())
-        need(0 <= low and high <= 1, "images", "in [0, 1]", f"{low:g} to {high:g}", scale)
-    if index is None:
-        return torch.arange(shape[0], device=images.device)
-    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.shape == (shape[0],)
-    got = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else repr(index)
-    need(fits, "index", f"[N] int64 for N = {shape[0]} images", got)
-    return index.to(images.device)
+    need(whole and 1 <= severity <= 5, "corrupt", "severity", "1, 2, 3, 4 or 5", repr(severity))
+    check_images("corrupt", images)
+    colour = name not in _COLOUR or images.shape[1] == 3
+    need(colour, "corrupt", "images", f"in colour for {name}", list(images.shape))
