@@ -13,11 +13,19 @@ from methods.test_resume import interrupt_after, numbers
 from torch import nn
 from torch.func import functional_call
 
-from landscape_fast.landscape import along_path
+from landscape_fast.landscape import (
+    along_path,
+    curvature_along,
+    project,
+    radial_map,
+    wedge_map,
+)
 from landscape_fast.methods import TrainingInterrupted, curve_statistics, find_tunnel, fit
 from landscape_fast.methods.seeds import epoch_order
 from landscape_fast.methods.trainer import Diverged
 from landscape_fast.nn import FlatLayout
+from landscape_fast.nn.geometry import radial_plane
+from landscape_fast.ops import gram
 
 NODES = 3
 QUIET = {"nodes": NODES, "progress": False}
@@ -209,6 +217,34 @@ def test_a_node_that_diverges_is_an_error_that_names_it(together):
     with pytest.raises(Diverged, match="got loss nan in epoch 1 for node 3 of 3; lower the learn"):
         find_tunnel(*networks, x, y, SGD, **options)
     assert done[-1] == 2 * SGD.epochs
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too(tmp_path):
+    """The tunnel, resumed, and all that is measured along it and around it."""
+    networks, config = [network.cuda() for network in two(normed)], SGD
+    options = {"constrain": "hyperplane", "together": "batched"} | QUIET
+    whole = find_tunnel(*networks, *rows(), config, **options)
+    with pytest.raises(TrainingInterrupted):
+        interrupt = {"directory": tmp_path, "on_step": interrupt_after(6)}
+        find_tunnel(*networks, *rows(), config, **interrupt, **options)
+    found = find_tunnel(*networks, *rows(), config, directory=tmp_path, resume=True, **options)
+    assert found.weights.is_cuda and torch.equal(found.weights, whole.weights)
+    weights, here = found.weights, found.weights.cpu()
+    device, host = networks[0], copy.deepcopy(networks[0]).cpu()
+    (x, y), quiet = rows(), {"progress": False}
+    for measure in (along_path, wedge_map, lambda net, w, *given, **o: radial_map(
+        net, w[[0, -1]], *given, points=4, around=project(w, w[:2], radial_plane(gram(w[:2]))).at,
+        **o)):  # fmt: skip
+        got = measure(device, weights, x, y, calibration=x, **quiet)
+        want = measure(host, here, x, y, calibration=x, **quiet)
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-3, atol=1e-4)
+    curvature = [
+        curvature_along(net, lambda a, b, w=w: w[a:b], 3, x, y, samples=4, calibration=x, **quiet)
+        for net, w in ((device, weights), (host, here))
+    ]
+    for got, want in zip(*curvature, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
 
 
 def test_refuses():
