@@ -9,10 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.landscape.shift import Images, Predict, grouped, made
-from landscape_fast.metrics import pair_diversity
-from landscape_fast.metrics.detection import OodDetection, ood_detection, ood_scores
-from landscape_fast.ops import ensemble_summary
+from landscape_fast.landscape.shift import Images, Measured, Predict, batches, made
+from landscape_fast.metrics import OodDetection, ood_detection, ood_scores
 from landscape_fast.ops._checks import require
 
 # Scores by which unknown inputs are told from known ones; see `landscape_fast.metrics.ood_scores`.
@@ -63,6 +61,7 @@ def out_of_distribution(
     groups: Mapping[str, Sequence[int]] | None = None,
     *,
     equal_members: int | None = None,
+    batch_size: int | None = None,
     scores: Sequence[str] = SCORES,
 ) -> OodReport:
     """How ensembles meet inputs that belong to no class, and whether they notice.
@@ -76,6 +75,7 @@ def out_of_distribution(
         groups: method to the places of its members among those of `predict`.
         equal_members: M; the first M members of every method are used. None: methods must have
             equally many.
+        batch_size: how many inputs `predict` gets at a time; None gives it all of a set.
         scores: by which inputs are told apart, of `landscape_fast.metrics.ood_scores`.
 
     Returns:
@@ -86,8 +86,8 @@ def out_of_distribution(
         ValueError: if methods have different numbers of members and `equal_members` is None, or
             another argument breaks its rule.
 
-    Cost: one call of `predict` (or of each) per set of inputs; for every method one
-        `ensemble_summary`, two `pairwise_divergence` and the scores.
+    Cost: one call of `predict` (or of each) per set of inputs and batch; for every method one
+        `summary_sums`, two `divergence_sums` and the scores.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), section 5: for SVHN a divergence of .384 nats among
         independent networks of CIFAR-10, .153 within a trajectory, .155 in a random subspace, .087
@@ -104,32 +104,45 @@ def out_of_distribution(
     """
     op = "out_of_distribution"
     require(len(unknown) >= 1, op, "unknown", "a mapping with at least one set", "none")
-    inside = grouped(op, predict, made(known), groups, equal_members)
-    reference = {
-        name: {kind: ood_scores(logits, kind) for kind in scores} for name, logits in inside.items()
-    }
+    kinds = tuple(scores)
+    batching = (op, predict, groups, equal_members, batch_size)
+    inside = _measured(made(known), kinds, batching)
     found: dict[str, dict[str, OodScores]] = {name: {} for name in inside}
     for place, images in unknown.items():
-        outside = grouped(op, predict, made(images), groups, equal_members)
-        for name, logits in outside.items():
+        for name, (measured, outside) in _measured(made(images), kinds, batching).items():
             detection = {
-                kind: _on_cpu(ood_detection(scores_in, ood_scores(logits, kind)))
-                for kind, scores_in in reference[name].items()
+                kind: OodDetection(*(t.cpu() for t in ood_detection(inside[name][1][kind], rows)))
+                for kind, rows in outside.items()
+                if kind in kinds
             }
-            found[name][place] = _described(logits, detection)
-    members = len(next(iter(inside.values())))
-    return OodReport({n: _described(t, {}) for n, t in inside.items()}, found, members)
+            found[name][place] = _described(measured, outside, detection)
+    described = {name: _described(*of, {}) for name, of in inside.items()}
+    return OodReport(described, found, next(iter(inside.values()))[0].members)
 
 
-def _on_cpu(detection: OodDetection) -> OodDetection:
-    return OodDetection(*(value.cpu() for value in detection))
+def _measured(
+    images: Tensor, kinds: tuple[str, ...], batching: tuple
+) -> dict[str, tuple[Measured, dict[str, Tensor]]]:
+    """Method to what is measured of all inputs, and kind to the scores [N] of each."""
+    found: dict[str, tuple[Measured, dict[str, list[Tensor]]]] = {}
+    kinds = tuple(dict.fromkeys((*kinds, "max_probability")))  # for the confidence
+    for start, stop, batch in batches(images, *batching):
+        nobody = torch.zeros(stop - start, dtype=torch.int64)  # what is kept needs no classes
+        for name, logits in batch.items():
+            measured, rows = found.setdefault(name, (Measured(), {kind: [] for kind in kinds}))
+            measured.update(logits, nobody)
+            for kind in kinds:
+                rows[kind].append(ood_scores(logits, kind))
+    return {
+        name: (measured, {kind: torch.cat(parts) for kind, parts in rows.items()})
+        for name, (measured, rows) in found.items()
+    }
 
 
-def _described(logits: Tensor, detection: dict[str, OodDetection]) -> OodScores:
-    nobody = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
-    summary = ensemble_summary(logits, nobody)  # neither entropy nor JS depends on targets
-    confidence = 1 - ood_scores(logits, "max_probability").mean()
-    pairs = pair_diversity(logits)
-    values = (summary.entropy, confidence, summary.mutual_information)
-    values = (*values, pairs.mean_js, pairs.mean_disagreement)
-    return OodScores(*(value.double().cpu() for value in values), detection)
+def _described(
+    measured: Measured, rows: dict[str, Tensor], detection: dict[str, OodDetection]
+) -> OodScores:
+    scores = measured.scores()
+    confidence = 1 - rows["max_probability"].mean().cpu()
+    between = (scores.js, scores.pairwise_js, scores.disagreement)
+    return OodScores(scores.entropy, confidence, *between, detection)

@@ -3,14 +3,14 @@
 Source: Fort et al. 2019 (arXiv:1912.02757), figures 9 and 10 and section 5.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from landscape_fast.metrics import pair_diversity
-from landscape_fast.ops import ensemble_summary
+from landscape_fast.metrics import DivergenceAccumulator, SummaryAccumulator
+from landscape_fast.metrics.diversity import off_diagonal_mean
 from landscape_fast.ops._checks import message, require, whole
 
 Predict = Callable[[Tensor], Tensor]
@@ -68,6 +68,7 @@ def under_shift(
     groups: Mapping[str, Sequence[int]] | None = None,
     *,
     equal_members: int | None = None,
+    batch_size: int | None = None,
     bins: int = 15,
 ) -> ShiftCurves:
     r"""Scores of ensembles by the severity of a shift of their inputs.
@@ -85,6 +86,7 @@ def under_shift(
         groups: method to the places of its members among those of `predict`.
         equal_members: M; the first M members of every method are used. None: methods must have
             equally many.
+        batch_size: how many images `predict` gets at a time; None gives it all of a shift.
         bins: of the calibration error.
 
     Returns:
@@ -95,8 +97,8 @@ def under_shift(
         ValueError: if methods have different numbers of members and `equal_members` is None, or
             another argument breaks its rule.
 
-    Cost: one call of `predict` (or of each) per shift; one `ensemble_summary` and two
-        `pairwise_divergence` per shift and method.
+    Cost: one call of `predict` (or of each) per shift and batch; one `summary_sums` and two
+        `divergence_sums` of every method. With a `batch_size`, the logits of one batch are held.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figures 9 and 10; Hendrycks and Dietterich 2019
         (arXiv:1903.12261) for the severities.
@@ -117,16 +119,19 @@ def under_shift(
     for key in shifts:
         good = isinstance(key, tuple) and len(key) == 2 and whole(key[1], 0)
         require(good, op, "shifts", "by (name, severity), severity of at least 0", repr(key))
+    batching = (op, predict, groups, equal_members, batch_size)
     rows: dict[str, list[Tensor]] = {}
-    members = 0
     for key, images in shifts.items():
-        found = grouped(op, predict, made(images), groups, equal_members)
-        for name, logits in found.items():
-            rule = f"[M, N, C] with N = {len(targets)}, as targets has it"
-            fits = logits.shape[1] == len(targets)
-            require(fits, op, f"predictions for {key}", rule, list(logits.shape))
-            members = len(logits)
-            rows.setdefault(name, []).append(_scores(logits, targets, bins))
+        images = made(images)
+        rule = f"of N = {len(targets)} images, as targets has it"
+        require(len(images) == len(targets), op, f"shifts[{key}]", rule, len(images))
+        found: dict[str, Measured] = {}
+        for start, stop, batch in batches(images, *batching):
+            for name, logits in batch.items():
+                found.setdefault(name, Measured(bins)).update(logits, targets[start:stop])
+        for name, measured in found.items():
+            rows.setdefault(name, []).append(torch.stack(measured.scores()))
+    members = next(iter(found.values())).members
     each = {name: ShiftScores(*torch.stack(found, 1)) for name, found in rows.items()}
     levels = torch.tensor([severity for _, severity in shifts])
     severity = levels.unique()
@@ -142,22 +147,34 @@ def made(images: Images) -> Tensor:
     return images if isinstance(images, Tensor) else images()
 
 
-def grouped(
+def batches(
+    images: Tensor,
     op: str,
     predict: Predict | Mapping[str, Predict],
-    images: Tensor,
     groups: Mapping[str, Sequence[int]] | None,
     equal_members: int | None,
-) -> dict[str, Tensor]:
-    """Method to the logits [M, N, C] of its members, M the same for all; see `under_shift`."""
+    batch_size: int | None,
+) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """(start, stop, {method: logits [M, stop - start, C]}), M the same for all methods."""
+    good = batch_size is None or whole(batch_size, 1)
+    rule = "None or an integer of at least 1"
+    require(good, op, "batch_size", rule, repr(batch_size))
+    require(len(images) >= 1, op, "images", "[N, ...] with N at least 1", list(images.shape))
     many = isinstance(predict, Mapping)
     rule = "None where predict has the methods" if many else "method to places of members"
     require(many == (groups is None), op, "groups", rule, "None" if groups is None else "groups")
-    if many:
-        found = {name: _logits(op, own(images)) for name, own in predict.items()}
-    else:
-        logits = _logits(op, predict(images))
-        found = {name: _members(op, logits, name, places) for name, places in groups.items()}
+    step = batch_size or len(images)
+    for start in range(0, len(images), step):
+        part = images[start : start + step]
+        if many:
+            found = {name: _logits(op, own(part), part) for name, own in predict.items()}
+        else:
+            logits = _logits(op, predict(part), part)
+            found = {name: _members(op, logits, name, places) for name, places in groups.items()}
+        yield start, start + len(part), _equal(op, found, equal_members)
+
+
+def _equal(op: str, found: dict[str, Tensor], equal_members: int | None) -> dict[str, Tensor]:
     require(len(found) >= 1, op, "groups", "at least one method", "none")
     counts = {name: len(logits) for name, logits in found.items()}
     if equal_members is None:
@@ -171,11 +188,12 @@ def grouped(
     return {name: logits[:equal_members] for name, logits in found.items()}
 
 
-def _logits(op: str, logits: Tensor) -> Tensor:
-    rule = "logits [M, N, C]"
+def _logits(op: str, logits: Tensor, images: Tensor) -> Tensor:
+    rule = f"logits [M, N, C] with N = {len(images)}, one row for each image"
     if not isinstance(logits, Tensor):
         raise TypeError(message(op, "predictions", rule, type(logits).__name__))
-    require(logits.ndim == 3, op, "predictions", rule, list(logits.shape))
+    fits = logits.ndim == 3 and logits.shape[1] == len(images) and min(logits.shape) >= 1
+    require(fits, op, "predictions", rule, list(logits.shape))
     return logits
 
 
@@ -189,10 +207,23 @@ def _members(op: str, logits: Tensor, name: str, places: Sequence[int]) -> Tenso
     return logits[index.long()]
 
 
-def _scores(logits: Tensor, targets: Tensor, bins: int) -> Tensor:
-    """[8], as `ShiftScores` has them."""
-    found = ensemble_summary(logits, targets.to(logits.device), bins)
-    values = (found.accuracy, found.nll, found.brier, found.ece, found.entropy)
-    pairs = pair_diversity(logits)
-    between = (found.mutual_information, pairs.mean_js, pairs.mean_disagreement)
-    return torch.stack([*values, *between]).double().cpu()
+class Measured:
+    """What is known of one ensemble after some batches."""
+
+    def __init__(self, bins: int = 15) -> None:
+        self.summary = SummaryAccumulator(bins)
+        self.pairs = DivergenceAccumulator(("js", "disagreement"))
+        self.members = 0
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Adds a batch."""
+        self.members = len(logits)
+        self.summary.update(logits, targets.to(logits.device))
+        self.pairs.update(logits)
+
+    def scores(self) -> ShiftScores:
+        """0-dim float64 tensors on the CPU."""
+        summary, pairs = self.summary.compute(), self.pairs.compute()
+        scores = (summary.accuracy, summary.nll, summary.brier, summary.ece, summary.entropy)
+        between = (off_diagonal_mean(pairs[kind]) for kind in ("js", "disagreement"))
+        return ShiftScores(*(t.cpu() for t in (*scores, summary.mutual_information, *between)))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.ops import ensemble_summary
+from landscape_fast.metrics import SummaryAccumulator
 from landscape_fast.ops._checks import check_tensor, require, whole
 
 SUBSETS = 20_000  # the most of one variant
@@ -74,7 +74,7 @@ def size_curves(
         IndexError: if a target is no class.
 
     Cost: S * R * N * C exponentials; then, for every subset, one addition to a smaller one (of
-        probabilities, in logarithms, so that none underflows) and one `ensemble_summary`: with R
+        probabilities, in logarithms, so that none underflows) and one `summary_sums`: with R
         solutions and all sizes (2^R - 1) * N * C of each. No network is evaluated.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figure 8 and section 5.
@@ -124,8 +124,10 @@ def _curve(logits: Tensor, targets: Tensor, sizes: list[int]) -> SizeCurve:
     most = max(1, WAITING_BYTES // (N * C * wide.element_size()))
 
     def score() -> None:
-        found = ensemble_summary(torch.stack([t for _, t in waiting]), targets)[:4]
-        for (size, _), row in zip(waiting, torch.stack(found, 1).double().cpu(), strict=True):
+        summary = SummaryAccumulator()  # in float64, with exact numbers of right answers
+        summary.update(torch.stack([t for _, t in waiting]), targets.to(wide.device))
+        found = torch.stack(summary.compute()[:4], 1).cpu()  # of the members
+        for (size, _), row in zip(waiting, found, strict=True):
             scores[size].append(row)
         waiting.clear()
 
