@@ -2,10 +2,10 @@
 
 import copy
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from landscape_fast.landscape import (
 )
 from landscape_fast.methods import predict, sweep
 from landscape_fast.methods.checkpoint import describe_model
+from landscape_fast.methods.splits import stratified_split
 from landscape_fast.methods.sweep import Sweep
 from landscape_fast.nn import StackedEnsemble, recalibrate_
 from landscape_fast.nn.flat import FlatLayout
@@ -30,6 +31,9 @@ from landscape_fast.studies.landscape_settings import ReportSettings
 from landscape_fast.studies.presets import EVALUATION_ROWS
 from landscape_fast.studies.run_folder import RunFolder
 
+DECIDED = 1 / 3  # of the test rows of every class: samples are accepted by them
+FOREIGN_FILE = "resume: checkpoint"  # how `load_checkpoint` begins when it refuses a file
+T = TypeVar("T")
 WAYS = ("random", "dropout", "diagonal", "low_rank")  # samplers around one solution
 # Scales above which none is looked for; for the others it is so many norms of the solution.
 HIGHEST, NORMS = {"dropout": 0.95, "diagonal": 256.0}, 4.0
@@ -75,11 +79,9 @@ class Bench:
         self.R, self.classes = len(run.networks), len(run.dataset.classes)
         self.normed = bool(batch_norms(self.model))
         data = run.dataset
-        positions = torch.arange(len(data.test_y))
-        # every third row, so that both parts have all classes whatever their order
-        chosen = positions % 3 == 0
-        every = Rows(data.test_x, data.test_y, positions)
-        validation, test = (Rows(*(t[part] for t in every)) for part in (chosen, ~chosen))
+        measured, decided = stratified_split(data.test_y, DECIDED, seed=0)
+        every = Rows(data.test_x, data.test_y, torch.arange(len(data.test_y)))
+        validation, test = (Rows(*(t[part] for t in every)) for part in (decided, measured))
         self.validation = self._placed(validation.first(settings.validation_rows))
         self.test = self._placed(test.first(settings.rows))
         calibration = data.train_x[: settings.calibration_rows]
@@ -98,12 +100,22 @@ class Bench:
         bits = zlib.crc32(self.weights.cpu().contiguous().view(torch.uint8).numpy())
         return f"{describe_model(self.model)} {bits:08x}"
 
-    def saved(self, label: str) -> dict:
-        """Where a long sweep keeps what is done: options of `sweep` and what is built on it."""
+    def kept(self, label: str, measure: Callable[..., T]) -> T:
+        """`measure(**options)`, whose sweep keeps what is done and goes on from there.
+
+        A file of something else, such as samples of another release, is measured anew.
+        """
         key = f"{label} {self.settings} {self._identity}"
-        name = f"{label.replace(' ', '-')}-{zlib.crc32(key.encode()):08x}.pt"
-        about = {"checkpoint": self.scratch / name, "resume": True, "label": label}
-        return {**self.options, **about, "progress": self.progress}
+        file = self.scratch / f"{label.replace(' ', '-')}-{zlib.crc32(key.encode()):08x}.pt"
+        given = {**self.options, "progress": self.progress, "label": label}
+        given |= {"checkpoint": file, "resume": True}
+        try:
+            return measure(**given)
+        except ValueError as error:
+            if not str(error).startswith(FOREIGN_FILE):
+                raise
+            file.unlink()
+            return measure(**given)
 
     def measure(self, weights: Tensor, rows: Rows, label: str, **options) -> Sweep:
         """Scores of models [S, P] on the rows."""
@@ -111,8 +123,14 @@ class Bench:
         def part(start: int, stop: int) -> Tensor:
             return weights[start:stop].to(self.device)
 
-        given = self.saved(label) | options
-        return sweep(self.model, part, len(weights), rows.x, rows.y, **given)
+        return self.sweep(part, len(weights), rows, label, **options)
+
+    def sweep(
+        self, part: Callable[[int, int], Tensor], count: int, rows: Rows, label: str, **options
+    ) -> Sweep:
+        """Scores of models on the rows; `part(start, stop)` gives their weights."""
+        about = (self.model, part, count, rows.x, rows.y)
+        return self.kept(label, lambda **given: sweep(*about, **(given | options)))
 
     def logits(self, weights: Tensor, rows: Rows, label: str) -> Tensor:
         """[S, N, C] on the CPU."""

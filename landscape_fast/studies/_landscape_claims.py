@@ -146,11 +146,11 @@ def judge_sizes(
     alone = [float(found[w].accuracy[0] - plain.accuracy[0]) for w in drawn]
     average = found.get("weight_average")
     moved = None if average is None else float(average.accuracy[0] - plain.accuracy[0])
-    names = ", ".join(drawn)
+    names, of = ", ".join(drawn), f"{k} networks" if several else "one network"
     return [
         claim(
             "an ensemble is more accurate than its members", "F18, Fig 8",
-            f"{k} networks instead of one gain at least {100 * GAIN:g} points", "{:+.2%}",
+            f"{of} instead of one gain at least {100 * GAIN:g} points", "{:+.2%}",
             [ends] if several else [], lambda v: v >= GAIN, ONE_RUN,
         ),
         claim(
@@ -160,7 +160,7 @@ def judge_sizes(
         ),
         claim(
             "samples around its networks do not harm an ensemble", "F18, Fig 8",
-            f"{k} networks with samples ({names}) lose at most {100 * LOST:g} points", "{:+.2%}",
+            f"{of} with samples ({names}) lose at most {100 * LOST:g} points", "{:+.2%}",
             worst(combined.values()), lambda v: v >= -LOST, _why(ways, reasons),
         ),
         claim(
@@ -204,13 +204,13 @@ def judge_shift(found: Shift | None, ways: Sequence[str], reason: str) -> list[d
         ),
         claim(
             "the divergence of independent runs grows with the corruption", "F22, Fig 9",
-            "smallest change of JS from one severity to the next above 0 (nats)", "{:+.4f}",
+            "smallest change of JS from one severity to the next above 0 (nats)", "{:+.3g}",
             worst(grows),
             lambda v: v > 0, why,
         ),
         claim(
             "samples of the diagonal Gaussian diverge least", "F22, Fig 9",
-            "JS below that of the other samples at every severity (nats)", "{:+.4f}",
+            "JS below that of the other samples at every severity (nats)", "{:+.3g}",
             worst(least), lambda v: v > 0, reason or (ONE_RUN if not several else NO_WAY),
         ),
         claim(
@@ -234,12 +234,12 @@ def judge_ood(found: OodReport | None, reason: str) -> list[dict[str, Any]]:
     return [
         claim(
             "on foreign images independent runs diverge more than one trajectory", "F23, text",
-            "JS less that of the last checkpoints of a run above 0 on every set (nats)", "{:+.4f}",
+            "JS less that of the last checkpoints of a run above 0 on every set (nats)", "{:+.3g}",
             worst(values["independent"]), lambda v: v > 0, why,
         ),
         claim(
             "and a trajectory more than the diagonal Gaussian", "F23, text",
-            "JS less that of the samples above 0 on every set (nats)", "{:+.4f}",
+            "JS less that of the samples above 0 on every set (nats)", "{:+.3g}",
             worst(values["trajectory"]), lambda v: v > 0, why,
         ),
     ]  # fmt: skip
@@ -272,7 +272,8 @@ def judge_space(radial: Radial | None, starts: Starts | None, norms, runs: int):
         ),
         claim(
             "agreement of the solutions is 1 - disagreement", "F3, F11, Fig 5",
-            "difference exactly 0", "{:.1e}", same, lambda v: v < 1e-12, ONE_RUN,
+            "difference, by rounding of the weights, at most 0.1% of the rows", "{:.2%}", same,
+            lambda v: v <= 1e-3, ONE_RUN,
         ),
         claim(
             "functions near a solution agree with it rather than with the other", "F11, Fig 5",

@@ -16,7 +16,6 @@ from landscape_fast.landscape import (
     size_curves,
     tsne,
 )
-from landscape_fast.methods import sweep
 from landscape_fast.studies._landscape_bench import WAYS, Bench
 
 PLANE_REACH = 0.5  # of the way from the solution's accuracy to chance, that the samples go down
@@ -132,16 +131,11 @@ def map_samples(
     """
     count = min(len(bench.test.y), bench.settings.function_rows)
     rows = torch.linspace(0, len(bench.test.y) - 1, count).round().long()
-    shown = {way: each.logits[:, :SHOWN, rows] for way, each in samples.items()}
+    shown = {w: samples[w].logits[:, :SHOWN, rows] for w in WAYS if w in samples}  # [R, S, n, C]
     if not shown:
         return None
-    places = tsne(
-        torch.cat([checkpoints, *(t.flatten(0, 1) for t in shown.values())]),
-        seed=bench.settings.seed,
-    )
-    first, *others = places.split(
-        [len(checkpoints), *(len(t.flatten(0, 1)) for t in shown.values())]
-    )
+    parts = [checkpoints, *(t.flatten(0, 1) for t in shown.values())]
+    first, *others = tsne(torch.cat(parts), seed=bench.settings.seed).split([*map(len, parts)])
     return first, {
         way: (where, [r for r in range(bench.R) for _ in range(t.shape[1])])
         for (way, t), where in zip(shown.items(), others, strict=True)
@@ -200,9 +194,8 @@ def _at_scales(bench: Bench, sampler, scale: Tensor, base: Tensor, label: str):
         seed = bench.settings.seed + 1  # other samples than those that scales were chosen by
         return sampler.draw(stop - start, scale[start:stop], seed, first=start)
 
-    given = bench.saved(label)
     rows = bench.test
-    labels = sweep(bench.model, part, len(scale), rows.x, rows.y, keep_labels=True, **given).labels
+    labels = bench.sweep(part, len(scale), rows, label, keep_labels=True).labels
     apart = diversity_points(labels.long(), base, rows.y.cpu())
     return scale, apart.accuracy, apart.disagreement
 

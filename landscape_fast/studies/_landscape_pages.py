@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from landscape_fast.studies import _landscape_tables as tables
+from landscape_fast.studies._landscape_parts import Part
 from landscape_fast.studies._page import PageFigure, PageTable, Section, write_page
 from landscape_fast.studies.report import headline
 
@@ -27,7 +28,7 @@ _FIGURES = {
     },
     "corruption": {
         "corruption": "Scores on corrupted test images by severity, means over the corruptions; "
-        "every method has equally many networks, and single is one.",
+        "every method has equally many networks, but for the original, which is one.",
     },
     "images from elsewhere": {
         "elsewhere": "Divergence on images that belong to no class, and how well the entropy of "
@@ -60,23 +61,33 @@ def counted(rows: Sequence[dict[str, Any]]) -> str:
     return f"{passed} of {len(rows)} claims hold, {failed} fail, {rest} are inconclusive"
 
 
-def page(out: Path, document: dict[str, Any]) -> Path:
+def _shown(heading: str, more: Sequence[Part]) -> tuple[dict[str, str], dict[str, tuple]]:
+    """Captions of the figures of a section, and columns and captions of its tables."""
+    for part in more:
+        if part.heading == heading:
+            captions = {name: caption for name, (_, caption) in part.figures.items()}
+            return captions, {name: given[1:] for name, given in part.tables.items()}
+    return _FIGURES[heading], _TABLES.get(heading, {})
+
+
+def page(out: Path, document: dict[str, Any], more: Sequence[Part] = ()) -> Path:
     """Writes index.html."""
     name = document["data"]["name"]
     sections = [Section("Overview", text=[headline(document), *_sentences(document["notes"])])]
     for heading, rows in document["claims"].items():
+        figures, listed = _shown(heading, more)
         sections.append(
             Section(
                 heading.capitalize(),
                 claims=rows,
                 figures=[
                     _figure(out, document["figures"][figure], caption)
-                    for figure, caption in _FIGURES[heading].items()
+                    for figure, caption in figures.items()
                     if figure in document["figures"]
                 ],
                 tables=[
                     PageTable(document["tables"][table], columns, caption)
-                    for table, (columns, caption) in _TABLES.get(heading, {}).items()
+                    for table, (columns, caption) in listed.items()
                     if table in document["tables"]
                 ],
             )
@@ -96,7 +107,7 @@ def _sentences(notes: Sequence[str]) -> list[str]:
     return [f"{note[:1].upper()}{note[1:]}." for note in notes]
 
 
-def markdown(document: dict[str, Any]) -> str:
+def markdown(document: dict[str, Any], more: Sequence[Part] = ()) -> str:
     """results.md: the same sections, with tables of text and linked figures."""
     name = document["data"]["name"]
     lines = [f"# Landscape of {name}", "", headline(document), ""]
@@ -104,14 +115,15 @@ def markdown(document: dict[str, Any]) -> str:
     rows = [row for part in document["claims"].values() for row in part]
     lines += ["", counted(rows) + ".", ""]
     for heading, claims in document["claims"].items():
+        figures, listed = _shown(heading, more)
         lines += [f"## {heading.capitalize()}", "", *_table(claims, tables.CLAIMS), ""]
         lines += [
             f"{row['number']}: {row['reason']}." for row in claims if row["reason"]
         ]  # fmt: skip
-        for figure, caption in _FIGURES[heading].items():
+        for figure, caption in figures.items():
             if figure in document["figures"]:
                 lines += ["", f"![{caption}]({document['figures'][figure][0]})", "", caption]
-        for table, (columns, caption) in _TABLES.get(heading, {}).items():
+        for table, (columns, caption) in listed.items():
             if table in document["tables"]:
                 lines += ["", caption, "", *_table(document["tables"][table], columns)]
         lines.append("")

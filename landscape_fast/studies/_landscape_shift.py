@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from landscape_fast import data
 from landscape_fast.landscape import OodReport, ShiftCurves, out_of_distribution, under_shift
-from landscape_fast.studies._landscape_bench import Bench, Networks, pool
+from landscape_fast.ops._checks import require
+from landscape_fast.studies._landscape_bench import Bench, Networks, Rows, pool
 from landscape_fast.studies._landscape_measure import Samples, weight_averages
 
-SINGLE = "single"
+OP = "landscape"
+SINGLE = "original"  # one network, named as in the table of sizes
 
 
 class Groups(NamedTuple):
@@ -63,7 +64,7 @@ def make_groups(bench: Bench, samples: dict[str, Samples]) -> Groups:
         for r in around:
             chosen[f"trajectory/{r}"] = bench.checkpoints[r, last].to(bench.device)
     else:
-        reasons["trajectory"] = f"needs {M} kept checkpoints, as many as there are runs"
+        reasons["trajectory"] = f"needs two runs, and as many kept checkpoints as runs ({M})"
     for way, each in samples.items():
         if each.weights.shape[1] < M:
             reasons[way] = f"fewer than {M} samples were accepted around every run"
@@ -101,24 +102,34 @@ def measure_shift(bench: Bench, groups: Groups, corrupted: Path | None) -> Shift
     }
     for name in names:
         for severity in bench.settings.severities:
-            shifts[name, severity] = _maker(bench, images, rows.index, name, severity, corrupted)
-    found = under_shift(groups.networks, shifts, rows.y.cpu(), groups.places)
+            shifts[name, severity] = _maker(bench, images, rows, name, severity, corrupted)
+    found = under_shift(
+        groups.networks, shifts, rows.y.cpu(), groups.places, batch_size=bench.batch_size
+    )
     source = f"the arrays in {corrupted}" if corrupted else "made from the test images"
     return Shift(found, tuple(names), len(rows.y), source)
 
 
 def _all_names(images: Tensor, corrupted: Path | None) -> tuple[str, ...]:
     if corrupted is not None:
-        return tuple(name for name in data.CORRUPTIONS if (corrupted / f"{name}.npy").exists())
+        return data.c_names(corrupted)
     return tuple(n for n in data.CORRUPTIONS if n != "saturate" or images.shape[1] == 3)
 
 
-def _maker(bench: Bench, images, index, name, severity, corrupted) -> Callable[[], Tensor]:
+def _maker(bench: Bench, images: Tensor, rows: Rows, name, severity, corrupted):
+    """A function that makes the inputs of one corruption and severity."""
+
     def make() -> Tensor:
         if corrupted is None:
-            changed = data.corrupt(images, name, severity, seed=bench.settings.seed, index=index)
+            seed = bench.settings.seed
+            changed = data.corrupt(images, name, severity, seed=seed, index=rows.index)
         else:
-            changed = data.cifar_c(corrupted, name, severity).test_x[index]
+            every, labels = data.cifar_c(corrupted, name, severity)
+            known = len(labels) > int(rows.index.max())
+            known = known and bool((labels[rows.index] == rows.y.cpu()).all())
+            rule = "arrays of the test images of this run, in their order"
+            require(known, OP, "corrupted", rule, f"others in {corrupted}")
+            changed = every[rows.index]
         return bench.run.inputs(changed)
 
     return make
@@ -128,11 +139,11 @@ def measure_ood(bench: Bench, groups: Groups, folders: Mapping[str, Path]) -> Oo
     """Divergence and detection on images from elsewhere: stand-ins, and folders if given."""
     rows = bench.test.first(bench.settings.shift_rows)
     images = bench.run.images[rows.index]
-    sets = foreign_sets(images, folders, bench.settings.seed)
+    sets = foreign_sets(images, rows.index, folders, bench.settings.seed)
     unknown = {name: _given(bench, make) for name, make in sets.items()}
     known = bench.run.inputs(images)
     places = {name: at for name, at in groups.places.items() if not name.startswith(SINGLE)}
-    return out_of_distribution(groups.networks, known, unknown, places)
+    return out_of_distribution(groups.networks, known, unknown, places, batch_size=bench.batch_size)
 
 
 def _given(bench: Bench, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -140,25 +151,24 @@ def _given(bench: Bench, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def foreign_sets(
-    images: Tensor, folders: Mapping[str, Path], seed: int
+    images: Tensor, index: Tensor, folders: Mapping[str, Path], seed: int
 ) -> dict[str, Callable[[], Tensor]]:
     """Name to a function that makes images in [0, 1] of the shape of these test images."""
+    about = {"seed": seed, "index": index}
+    patches = max(p for p in (1, 2, 4) if all(side % p == 0 for side in images.shape[2:]))
     sets = {
         "inverted": lambda: data.inverted(images),
-        "patch_shuffled": lambda: data.patch_shuffled(images, seed=seed),
-        "noise": lambda: data.noise(images, seed=seed),
+        "patch_shuffled": lambda: data.patch_shuffled(images, patches, **about),
+        "noise": lambda: data.noise_like(images, **about),
     }
     return sets | {name: _reader(name, folder, images) for name, folder in folders.items()}
 
 
 def _reader(name: str, folder: Path, images: Tensor) -> Callable[[], Tensor]:
+    """A function that reads as many test images of another data set."""
+    options = {"train": False} if name == "svhn" else {}
+
     def read() -> Tensor:
-        x = getattr(data, name)(folder).test_x[: len(images)]
-        C, *size = images.shape[1:]
-        if list(x.shape[2:]) != size:
-            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-        if x.shape[1] != C:  # grey as colour, or colour as grey
-            x = x.mean(1, keepdim=True).expand(-1, C, -1, -1)
-        return x.contiguous()
+        return data.as_ood(getattr(data, name)(folder, **options).test_x[: len(images)], images)
 
     return read

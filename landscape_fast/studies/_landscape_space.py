@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from landscape_fast.landscape import PlaneMap, map_plane, project, radial_map
-from landscape_fast.methods import sweep
 from landscape_fast.nn.geometry import radial_plane
-from landscape_fast.ops import gram, pairwise_disagreement
+from landscape_fast.ops import gram
 from landscape_fast.studies._landscape_bench import Bench
 from landscape_fast.studies._landscape_measure import Samples
 
@@ -52,16 +51,16 @@ def measure_radial(bench: Bench, samples: dict[str, Samples]) -> Radial:
     around = torch.cat([*trajectories.values(), *([] if cloud is None else [cloud])] or [
         torch.zeros(1, 2, dtype=torch.float64)
     ])  # fmt: skip
-    found = radial_map(
+    found = bench.kept("radial plane", lambda **given: radial_map(
         bench.model, optima, rows.x, rows.y, points=bench.settings.plane_points, around=around,
-        **bench.saved("radial plane"),
-    )  # fmt: skip
+        **given,
+    ))  # fmt: skip
     first, second = found.anchors_at
     end = math.degrees(math.atan2(float(second[1]), float(second[0])))
     angle = torch.linspace(0, end, ANGLES, dtype=torch.float64)
     arc = _arc(bench, optima, axes, angle, end, rows)
     labels = bench.logits(optima, rows, "optima of the plane").argmax(-1)
-    apart = float(pairwise_disagreement(labels)[0, 1])
+    apart = float((labels[0] != labels[1]).double().mean())
     return Radial(found, trajectories, cloud, angle, arc, end, apart)
 
 
@@ -102,10 +101,7 @@ def measure_starts(bench: Bench) -> Starts:
     count = bench.settings.path_points
     t, losses, accuracies = torch.linspace(0, 1, count, dtype=torch.float64), [], []
     for r in range(bench.R):
-        line, rows = line_of(bench, r, t), bench.train
-        found = sweep(
-            bench.model, line, count, rows.x, rows.y, **bench.saved(f"line from start {r}")
-        )
+        found = bench.sweep(line_of(bench, r, t), count, bench.train, f"line from start {r}")
         losses.append(found.loss.double())
         accuracies.append(found.accuracy.double())
     return Starts(t, torch.stack(losses), torch.stack(accuracies))

@@ -5,7 +5,7 @@ The measurements of Fort et al. 2019 (arXiv:1912.02757) on the networks of one t
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from landscape_fast.studies import _landscape_shift as shift
 from landscape_fast.studies import _landscape_space as space
 from landscape_fast.studies import _landscape_tables as tables
 from landscape_fast.studies._landscape_bench import WAYS, Bench
+from landscape_fast.studies._landscape_parts import Part
 from landscape_fast.studies.commands import say
 from landscape_fast.studies.landscape_settings import ReportSettings, settings_of
 from landscape_fast.studies.report import (
@@ -46,12 +47,14 @@ def report(
     *,
     corrupted: Path | None = None,
     foreign: Mapping[str, Path] | None = None,
+    more: Sequence[Part] = (),
+    about: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measures the networks of a run, judges the claims of the paper, and writes the report.
 
-    Of the test rows every third is for decisions (which samples are accepted, up to which scale
-    they are drawn); what is reported is measured on the others.
+    A third of the test rows is for decisions (which samples are accepted, up to which scale they
+    are drawn); what is reported is measured on the others.
 
     Args:
         run: what `open_run` found; with kept epochs, all that needs the training's trajectories.
@@ -62,6 +65,8 @@ def report(
             `labels.npy`); None makes the corruptions of `settings`.
         foreign: name of a loader of `landscape_fast.data` ("svhn", "mnist", ...) to its folder:
             further images from elsewhere.
+        more: sections of a study, after those of the report.
+        about: what the document begins with, for instance the name of a study.
         progress: say what is measured.
 
     Returns:
@@ -78,20 +83,22 @@ def report(
     bench = Bench(run, settings, Path(out) / SCRATCH, progress=False)
     stages = _Stages(progress)
     found = _measure(bench, stages, corrupted, dict(foreign or {}))
-    judged = _judge(bench, found)
+    judged = _judge(bench, found) | {part.heading: list(part.claims) for part in more}
     for number, row in enumerate((row for rows in judged.values() for row in rows), 1):
         row["number"] = number
     document = {
+        **(about or {}),
         **describe_run(run.dataset, run.problem, run.config, str(bench.device)),
         "settings": asdict(settings),
         "runs": {"members": list(run.members), "epochs": list(bench.epochs)},
         "claims": judged,
-        "tables": _tables(bench, found),
+        "tables": _tables(bench, found)
+        | {name: list(given[0]) for part in more for name, given in part.tables.items()},
         "left_out": found["reasons"],
-        "notes": _notes(bench, found),
+        "notes": [*_notes(bench, found), *(note for part in more for note in part.notes)],
         "seconds": stages.seconds,
     }
-    _write(Path(out), bench, document, found, stages)
+    _write(Path(out), bench, document, found, stages, more)
     shutil.rmtree(bench.scratch, ignore_errors=True)
     return document
 
@@ -190,9 +197,12 @@ def _notes(bench: Bench, found: dict[str, Any]) -> list[str]:
         accuracy_note(test, float(bench.accuracy.max())),
         f"a sample is accepted if it loses at most {bench.tolerance():.2%} on the rows for "
         f"decisions, within {bench.settings.tries} draws",
-        f"divergences are those of {found['members']} networks for every method, since they grow "
-        "with the number of networks",
     ]
+    if found["members"] > 1:
+        notes.append(
+            f"divergences are those of {found['members']} networks for every method, since they "
+            "grow with the number of networks"
+        )
     if found["shift"] is not None:
         notes.append(
             f"corruptions are {found['shift'].source}, {found['shift'].rows:,} of them: "
@@ -232,12 +242,15 @@ def _figures(bench: Bench, found: dict[str, Any]) -> dict[str, Callable[[], Any]
     return drawn
 
 
-def _write(out: Path, bench: Bench, document, found, stage: _Stages) -> None:
+def _write(out: Path, bench: Bench, document, found, stage: _Stages, more: Sequence[Part]) -> None:
     made: dict[str, list[Path]] = {}
 
     def draw() -> None:
-        for name, figure in _figures(bench, found).items():
-            made[name] = save_figures(out / "figures", {name: figure()})
+        drawn = _figures(bench, found)
+        drawn |= {name: draw for part in more for name, (draw, _) in part.figures.items()}
+        for name, figure in drawn.items():
+            data = {"starts": document["tables"].get("starts")}
+            made[name] = save_figures(out / "figures", {name: figure()}, data)
 
     try:
         stage("figures", draw)
@@ -256,26 +269,29 @@ def _write(out: Path, bench: Bench, document, found, stage: _Stages) -> None:
             "claims.csv": to_csv(rows),
             "results.csv": to_csv(document["tables"]["ensembles"]),
             "results.json": to_json(document),
-            "results.md": pages.markdown(document),
+            "results.md": pages.markdown(document, more),
         },
     )
-    pages.page(out, document)
+    pages.page(out, document, more)
 
 
 def describe(document: dict[str, Any]) -> str:
-    """Claims, the table of ensembles and the notes, as text."""
-    rows = [row for part in document["claims"].values() for row in part]
-    open_ones = [
-        f"- claim {row['number']}: {row['reason'] or 'the runs do not agree'}"
-        for row in rows
-        if row["verdict"] == "inconclusive"
-    ]
+    """Scores of single networks and of the largest ensembles, claims, notes: as text."""
+    rows = document["tables"]["ensembles"]
+    most = max(row["size"] for row in rows)
+    judged = [row for part in document["claims"].values() for row in part]
     parts = [
         headline(document),
-        format_table(document["tables"]["ensembles"], tables.VARIANTS),
-        format_table(rows, tables.CLAIMS),
-        pages.counted(rows),
-        "\n".join(open_ones),
+        format_table([row for row in rows if row["size"] in (1, most)], tables.VARIANTS),
+        *map(_told, judged),
+        pages.counted(judged),
         "\n".join(f"- {note}" for note in document["notes"]),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts[:2] + ["\n".join(parts[2:-2])] + parts[-2:])
+
+
+def _told(row: dict[str, Any]) -> str:
+    """A claim in two lines."""
+    first = f"{row['number']:>2}  {row['verdict']:<12}  {row['claim']}"
+    found = f"not measured: {row['reason']}" if row["reason"] else f"{row['found']} ({row['rule']})"
+    return f"{first}\n{'':18}{found}"
