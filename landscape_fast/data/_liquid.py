@@ -68,8 +68,8 @@ def _distance(outlines: Tensor) -> Tensor:
         best = square
         for step in range(1, min(_FAR, size)):
             for side in (-step, step):
-                # A line from beyond the edge comes from the edge itself, at most too near by far:
-                # its own true distance is smaller and already there.
+                # Beyond the edge it is the line at the edge again, from farther away than it is,
+                # so the minimum does not change.
                 line = square.index_select(dim, inside(at + side, size, "nearest"))
                 best = torch.minimum(best, line + step**2)
         square = best

@@ -60,12 +60,12 @@ def plasma(size: tuple[int, int], decay: float, draws: Draws) -> Tensor:
         # [n, k, k] corners; squares get their middles, then the middles of sides come from both.
         across = field + field.roll(-1, 1)
         middle = displaced(across + across.roll(-1, 2))
-        down = middle + middle.roll(1, 1) + field + field.roll(-1, 2)
-        right = middle + middle.roll(1, 2) + field + field.roll(-1, 1)
+        right = middle + middle.roll(1, 1) + field + field.roll(-1, 2)
+        down = middle + middle.roll(1, 2) + field + field.roll(-1, 1)
         k = 2 * field.shape[1]
         finer = field.new_empty(len(field), k, k)
         finer[:, ::2, ::2], finer[:, 1::2, 1::2] = field, middle
-        finer[:, ::2, 1::2], finer[:, 1::2, ::2] = displaced(down), displaced(right)
+        finer[:, ::2, 1::2], finer[:, 1::2, ::2] = displaced(right), displaced(down)
         field, step, bound = finer, step // 2, bound / decay
     field = field - field.amin((1, 2), keepdim=True)
     field = field / field.amax((1, 2), keepdim=True)

@@ -88,7 +88,14 @@ def corrupt(
     Cost: 2 to 40 passes over the images, in chunks of 2^18 values; no loop over images.
 
     Source: Hendrycks & Dietterich 2019 (arXiv:1903.12261), section 3 and appendices A and B; the
-    parameters, in pixels of 32 x 32 images, are those of the authors' make_cifar_c.py.
+    parameters are those of the authors' make_cifar_c.py for 32 x 32 pixels. Lengths stay so many
+    pixels in images of another size, except for the zoom, the elastic field and the pixelation,
+    which are shares of the side. What their code takes from other libraries is written anew: JPEG
+    gives the pixels of libjpeg, motion blur follows the rule of ImageMagick, a texture replaces the
+    photographs of frost, and outlines of water drops are found without OpenCV. Distances from the
+    clean image rise with severity, except where the parameters trade one change for another:
+    elastic_transform, frost, glass_blur, saturate (1 and 2 take colour away, 3 to 5 add some) and
+    spatter (water to 3, then mud).
 
     Example:
         >>> x = torch.full((2, 3, 32, 32), 0.5)
@@ -103,7 +110,9 @@ def corrupt(
     index = positions("corrupt", images, index)
     change, parameters = _TABLE[name]
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    each = max(1, _VALUES // max(1, images[:1].numel()))
+    if not len(images):
+        return out
+    each = max(1, _VALUES // images[0].numel())
     for x, at, place in zip(images.split(each), index.split(each), out.split(each), strict=True):
         changed = change(x.contiguous(), parameters[severity - 1], Draws(seed, name, at))
         place.copy_(changed.clamp_(0, 1))

@@ -193,7 +193,7 @@ def _labels(op: str, path: Path, count: int, remedy: str) -> np.ndarray:
 
 
 def _tensors(images: np.ndarray, labels: np.ndarray, scale: str) -> tuple[Tensor, Tensor]:
-    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    x = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))  # no view of the file
     return scaled(x, scale, 255), torch.from_numpy(labels.astype(np.int64))
 
 
