@@ -9,6 +9,7 @@
 
 #include "../math.h"
 #include "variants.h"
+#include "wide.h"
 
 namespace landscape_fast {
 namespace {
@@ -95,6 +96,77 @@ struct Rows {
   float scale[MOST_EXAMPLES];     // 1 / that sum: the largest probability
 };
 
+#if defined(__AVX512F__)
+
+// Of one class: x becomes x - top, p its exponential, which is added to `sums`.
+inline void exps_of(float* x, const float* top, float* p, float* sums) {
+  __m512 d[2], y[2];
+  for (int k = 0; k < 2; ++k) {
+    d[k] = _mm512_sub_ps(_mm512_loadu_ps(x + 16 * k), _mm512_loadu_ps(top + 16 * k));
+    _mm512_storeu_ps(x + 16 * k, d[k]);
+  }
+  exp_of_each(d, y);
+  for (int k = 0; k < 2; ++k) {
+    _mm512_storeu_ps(p + 16 * k, y[k]);
+    _mm512_storeu_ps(sums + 16 * k, _mm512_add_ps(_mm512_loadu_ps(sums + 16 * k), y[k]));
+  }
+}
+
+// Of one example: likewise; returns the sum.
+inline double sum_of_exps(int64_t length, float top, float* x, float* p) {
+  const __m512 largest = _mm512_set1_ps(top);
+  double total = 0;
+  for (int64_t begin = 0; begin < length; begin += SEGMENT) {
+    const int64_t end = begin + SEGMENT < length ? begin + SEGMENT : length;
+    __m512 sum = _mm512_setzero_ps();
+    int64_t at = begin;
+    const auto step = [&](auto& d) {
+      constexpr int K = sizeof(d) / sizeof(d[0]);
+      __m512 y[K];
+      for (int k = 0; k < K; ++k) {
+        d[k] = _mm512_sub_ps(_mm512_loadu_ps(x + at + 16 * k), largest);
+        _mm512_storeu_ps(x + at + 16 * k, d[k]);
+      }
+      exp_of_each(d, y);
+      for (int k = 0; k < K; ++k) {
+        _mm512_storeu_ps(p + at + 16 * k, y[k]);
+        sum = _mm512_add_ps(sum, y[k]);
+      }
+      at += 16 * K;
+    };
+    __m512 four[4], one[1];
+    while (at + 64 <= end) step(four);
+    while (at < end) step(one);
+    total += double(_mm512_reduce_add_ps(sum));
+  }
+  return total;
+}
+
+#else
+
+inline void exps_of(float* x, const float* top, float* p, float* sums) {
+#pragma omp simd
+  for (int e = 0; e < MOST_EXAMPLES; ++e) {
+    const float d = x[e] - top[e];
+    const float y = exp_of(d);
+    x[e] = d;
+    p[e] = y;
+    sums[e] += y;
+  }
+}
+
+inline double sum_of_exps(int64_t length, float top, float* x, float* p) {
+  return sum_of(length, [=](int64_t k) {
+    const float d = x[k] - top;
+    const float y = exp_of(d);
+    x[k] = d;
+    p[k] = y;
+    return y;
+  });
+}
+
+#endif
+
 // x [length] becomes x - (largest x of its example), p the probabilities. A NaN, a +inf or a row of
 // -inf makes its whole example NaN, as torch.softmax does. `use` as for load: p is 0 where an
 // example is not to be used.
@@ -109,16 +181,7 @@ inline void softmax_interleaved(int64_t C, const bool* use, float* x, float* p, 
   for (int64_t first = 0; first < C; first += 8) {  // sums of 8, then of those: less rounding
     const int64_t last = first + 8 < C ? first + 8 : C;
     float part[E] = {};
-    for (int64_t c = first; c < last; ++c) {
-#pragma omp simd
-      for (int e = 0; e < E; ++e) {
-        const float d = x[c * E + e] - top[e];
-        const float y = exp_of(d);
-        x[c * E + e] = d;
-        p[c * E + e] = y;
-        part[e] += y;
-      }
-    }
+    for (int64_t c = first; c < last; ++c) exps_of(x + c * E, top, p + c * E, part);
 #pragma omp simd
     for (int e = 0; e < E; ++e) sum[e] += part[e];
   }
@@ -142,13 +205,7 @@ inline void softmax_row(int64_t length, float* x, float* p, Rows& rows) {
   }
   float top = -INFINITY;
   for (int k = 0; k < 16; ++k) top = tops[k] > top ? tops[k] : top;
-  const double sum = sum_of(length, [=](int64_t k) {
-    const float d = x[k] - top;
-    const float y = exp_of(d);
-    x[k] = d;
-    p[k] = y;
-    return y;
-  });
+  const double sum = sum_of_exps(length, top, x, p);
   const float scale = float(1 / sum);
 #pragma omp simd
   for (int64_t k = 0; k < length; ++k) p[k] *= scale;

@@ -4,15 +4,93 @@
 namespace landscape_fast {
 namespace {
 
-// JS of two members in nats, summed over a block of `examples`. a and b are half their
-// probabilities, a_ln and b_ln half of p log2 p: each class then adds what is already a small
-// difference, and the sum never grows to the size of an entropy.
-double js_of(const float* a, const float* b, const float* a_ln, const float* b_ln, int64_t length,
-             double examples) {
-  const double sum = double(LN2) * sum_of(length, [=](int64_t k) {
+#if defined(__AVX512F__)
+
+constexpr int MEMBERS_AT_ONCE = 4;
+
+// For JS: d becomes half of p log2 p, and p half of itself.
+void halves(int64_t length, float* p, float* d) {
+  const Log2Table table;
+  int64_t k = 0;
+  const auto step = [&](auto& x) {
+    constexpr int K = sizeof(x) / sizeof(x[0]);
+    __m512 y[K];
+    for (int i = 0; i < K; ++i) x[i] = _mm512_loadu_ps(p + k + 16 * i);
+    table.of(x, y);
+    for (int i = 0; i < K; ++i) {
+      const __m512 half = _mm512_mul_ps(x[i], _mm512_set1_ps(0.5f));
+      _mm512_storeu_ps(d + k + 16 * i, _mm512_mul_ps(half, y[i]));
+      _mm512_storeu_ps(p + k + 16 * i, half);
+    }
+    k += 16 * K;
+  };
+  __m512 four[4], one[1];
+  while (k + 64 <= length) step(four);
+  while (k < length) step(one);
+}
+
+// js_sums of exactly K members.
+template <int K>
+void js_sums_of(const float* a, const float* a_ln, const float* b, const float* b_ln,
+                int64_t length, double* sums) {
+  const Log2Table table;
+  for (int j = 0; j < K; ++j) sums[j] = 0;
+  for (int64_t begin = 0; begin < length; begin += SEGMENT) {
+    const int64_t end = begin + SEGMENT < length ? begin + SEGMENT : length;
+    __m512 total[K];
+    for (int j = 0; j < K; ++j) total[j] = _mm512_setzero_ps();
+    for (int64_t k = begin; k < end; k += 16) {
+      const __m512 left = _mm512_loadu_ps(a + k), left_ln = _mm512_loadu_ps(a_ln + k);
+      __m512 m[K], ln[K];
+      for (int j = 0; j < K; ++j) m[j] = _mm512_add_ps(left, _mm512_loadu_ps(b + j * length + k));
+      table.of(m, ln);
+      for (int j = 0; j < K; ++j) {
+        const __m512 both = _mm512_add_ps(left_ln, _mm512_loadu_ps(b_ln + j * length + k));
+        total[j] = _mm512_add_ps(total[j], _mm512_fnmadd_ps(m[j], ln[j], both));
+      }
+    }
+    for (int j = 0; j < K; ++j) sums[j] += double(_mm512_reduce_add_ps(total[j]));
+  }
+}
+
+// For each of `members` others, the sum over a block of the JS of a member and that one, in units
+// of ln 2 nats. a and b [members, length] are half their probabilities, a_ln and b_ln half of
+// p log2 p: each class then adds what is already a small difference, and the sum never grows to the
+// size of an entropy.
+void js_sums(int64_t members, const float* a, const float* a_ln, const float* b, const float* b_ln,
+             int64_t length, double* sums) {
+  if (members == 4) return js_sums_of<4>(a, a_ln, b, b_ln, length, sums);
+  if (members == 3) return js_sums_of<3>(a, a_ln, b, b_ln, length, sums);
+  if (members == 2) return js_sums_of<2>(a, a_ln, b, b_ln, length, sums);
+  js_sums_of<1>(a, a_ln, b, b_ln, length, sums);
+}
+
+#else
+
+constexpr int MEMBERS_AT_ONCE = 1;
+
+void halves(int64_t length, float* p, float* d) {
+#pragma omp simd
+  for (int64_t k = 0; k < length; ++k) {
+    d[k] = 0.5f * p[k] * log2_of(p[k]);
+    p[k] *= 0.5f;
+  }
+}
+
+void js_sums(int64_t, const float* a, const float* a_ln, const float* b, const float* b_ln,
+             int64_t length, double* sums) {
+  *sums = sum_of(length, [=](int64_t k) {
     const float m = a[k] + b[k];
     return (a_ln[k] + b_ln[k]) - m * log2_of(m);
   });
+}
+
+#endif
+
+// JS of two members in nats over a block of `examples`, from what js_sums found.
+double js_of(const float* a, const float* b, const float* a_ln, const float* b_ln, int64_t length,
+             double examples, double found) {
+  const double sum = double(LN2) * found;
   if (!(sum < CLOSE * examples)) return sum;
   return 2 * sum_of(length, [=](int64_t k) {
     const float m = a[k] + b[k];
@@ -80,6 +158,32 @@ Scratch carve(const Logits& logits, int64_t length, void* scratch) {
   return {rows, members, p, p + logits.M * length, p + 2 * logits.M * length};
 }
 
+// Adds a block of `examples` to the upper triangle of out [M, M].
+void add_js(int64_t M, const Scratch& at, int64_t length, double examples, double* out) {
+  for (int64_t i = 0; i < M; ++i) {
+    const float *a = at.p + i * length, *a_ln = at.d + i * length;
+    for (int64_t first = i + 1; first < M; first += MEMBERS_AT_ONCE) {
+      const int64_t left = M - first, count = left < MEMBERS_AT_ONCE ? left : MEMBERS_AT_ONCE;
+      const float *b = at.p + first * length, *b_ln = at.d + first * length;
+      double sums[MEMBERS_AT_ONCE];
+      js_sums(count, a, a_ln, b, b_ln, length, sums);
+      for (int64_t j = 0; j < count; ++j) {
+        out[i * M + first + j] +=
+            js_of(a, b + j * length, a_ln, b_ln + j * length, length, examples, sums[j]);
+      }
+    }
+  }
+}
+
+void add_kl(int64_t M, const Scratch& at, const Blocks& blocks, double examples, double* out) {
+  for (int64_t i = 0; i < M; ++i) {
+    for (int64_t j = 0; j < M; ++j) {
+      if (j == i) continue;
+      out[i * M + j] += kl_of(at.members[i], at.members[j], blocks, at.shift, examples);
+    }
+  }
+}
+
 template <class T>
 void agreement_as(const Labels& labels, int64_t first, int64_t last, int64_t* out) {
   const T* data = static_cast<const T*>(labels.data);
@@ -129,24 +233,15 @@ void divergence_chunk(const Logits& logits, Divergence kind, Chunk chunk, void* 
       for (int64_t e = 0; e < valid; ++e) nothing += rows.log_sum[e] - rows.log_sum[e];
       out[m * M + m] += nothing;  // 0, or NaN where an example of the member is
       if (kind == Divergence::js) {
-#pragma omp simd
-        for (int64_t k = 0; k < length; ++k) {
-          d[k] = 0.5f * p[k] * log2_of(p[k]);
-          p[k] *= 0.5f;
-        }
+        halves(length, p, d);
       } else {
         at.members[m] = {p, d, rows.log_sum, log_sums, has_infinite(blocks, logits.C, d)};
       }
     }
-    for (int64_t i = 0; i < M; ++i) {
-      const float *a = at.p + i * length, *a_ln = at.d + i * length;
-      for (int64_t j = kind == Divergence::js ? i + 1 : 0; j < M; ++j) {
-        if (j == i) continue;
-        out[i * M + j] +=
-            kind == Divergence::js
-                ? js_of(a, at.p + j * length, a_ln, at.d + j * length, length, double(valid))
-                : kl_of(at.members[i], at.members[j], blocks, at.shift, double(valid));
-      }
+    if (kind == Divergence::js) {
+      add_js(M, at, length, double(valid), out);
+    } else {
+      add_kl(M, at, blocks, double(valid), out);
     }
   }
 }
