@@ -1,4 +1,4 @@
-"""The command `landscape-fast`: demo, train, subspace, curve, fge, swag, study, show-config.
+"""The command `landscape-fast`: demo, train, landscape, subspace, curve, fge, swag, study and more.
 
 The parser is built without importing torch, so that help and errors of usage come at once.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
@@ -25,6 +25,7 @@ from landscape_fast.studies.arguments import (
     seed,
 )
 from landscape_fast.studies.commands import PROGRAM, say
+from landscape_fast.studies.landscape_arguments import add_landscape
 from landscape_fast.studies.presets import (
     FAST_INITS,
     MEMBER_BATCHES,
@@ -73,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_demo(commands)
     _add_train(commands)
-    for add in (add_subspace, add_curve, add_fge, add_swag):
+    for add in (add_landscape, add_subspace, add_curve, add_fge, add_swag):
         add(commands)
     _add_study(commands)
     show = add_command(
@@ -193,13 +194,20 @@ def _add_study(commands) -> None:
     parser.add_argument("name", choices=registry.STUDIES, metavar="NAME", help="which study")
     parser.add_argument(
         "--size",
-        choices=registry.SIZES,
+        choices=list(dict.fromkeys(size for sizes in registry.SIZES.values() for size in sizes)),
         default="small",
-        help="tiny: seconds, to see that it runs; small: minutes (default); full: hours, or a GPU",
+        help="tiny or smoke: to see that it runs; small: minutes, of fort2019 on a GPU (default); "
+        "full: hours, or a GPU; of fort2019 also cpu, an hour of two CPU cores, and paper, as the "
+        "authors ran it",
     )
-    on_files = " and ".join(registry.ON_FILES)
+    on_files = ", ".join(f"{name} ({' '.join(sizes)})" for name, sizes in registry.ON_FILES.items())
     parser.add_argument(
-        "--root", metavar="DIR", help=f"folder of CIFAR-10, for the full size of {on_files}"
+        "--root", metavar="DIR", help=f"folder of CIFAR-10, or of --data, for {on_files}"
+    )
+    parser.add_argument(
+        "--data",
+        choices=registry.DATA,
+        help="of fort2019 --size paper: which of the paper's data sets (default: cifar10)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the results (default: out/NAME)"

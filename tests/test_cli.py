@@ -142,7 +142,7 @@ USAGE = [
     (["train", "--lr", "fast"], "argument --lr: must be a number above 0; got 'fast'"),
     (["train", "--weight-decay", "-1"], "argument --weight-decay: must be a number of at least 0"),
     (["train", "--label-smoothing", "1"], r"argument --label-smoothing: must be a number in [0, 1"),
-    (["train", "--data", "svhn"], "argument --data: invalid choice: 'svhn'"),
+    (["train", "--data", "stl10"], "argument --data: invalid choice: 'stl10'"),
     (["train", "--data", "cifar10"], "argument --root: must be the folder of the cifar10 files"),
     (
         ["train", "--method", "single", "--members", "3"],

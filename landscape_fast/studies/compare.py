@@ -4,6 +4,7 @@ The single network is the first member of the deep ensemble: it has the same ran
 is trained once and counted in both rows.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from landscape_fast.studies.presets import (
     DATA,
     EVALUATION_ROWS,
     FAST_INITS,
+    IMAGENET_PIXELS,
     METHODS,
     MLP,
     MODELS,
@@ -54,12 +56,31 @@ _KINDS = {
 }
 
 
+def _imagenet(root: str, scale: str) -> Dataset:
+    """Images of ImageNet, as many as four fifths of the machine's memory hold."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return datasets.image_folder(
+        root, IMAGENET_PIXELS, scale=scale, most_gb=0.8 * memory, name="imagenet"
+    )
+
+
+_LOADERS = {
+    "cifar10": datasets.cifar10,
+    "cifar100": datasets.cifar100,
+    "mnist": datasets.mnist,
+    "svhn": datasets.svhn,
+    "imagenet": _imagenet,
+}
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is compared: data, architecture, and how a BatchEnsemble starts.
 
     Attributes:
-        data: "digits" (part of scikit-learn), "cifar10" or "mnist" (files in `root`).
+        data: "digits" (part of scikit-learn), "cifar10", "cifar100", "mnist", "svhn" (files in
+            `root`) or "imagenet" (folders train/<class>/ and val/<class>/ in `root`, of images
+            that are read with 64 pixels along each side, class by class).
         root: folder of the files; unused for digits.
         model: "mlp", "lenet", "small_cnn", "medium_cnn", "vgg16", "resnet20", "cresnet20",
             "preresnet20", "preresnet110", "preresnet164", "wrn_28_10" or "resnet50_v2".
@@ -116,7 +137,7 @@ class Problem:
         if self.data == "digits":
             loaded = datasets.digits(scale=scale)
         else:
-            loaded = getattr(datasets, self.data)(self.root, scale=scale)
+            loaded = _LOADERS[self.data](self.root, scale=scale)
         loaded = loaded.take(train=self.train_rows)
         return loaded.standardized() if self.pixels == "standardized" else loaded
 

@@ -153,7 +153,7 @@ def test_digits_are_loaded_in_the_scale_asked_for():
 
 
 BAD = [
-    ({"data": "svhn"}, r"Problem: data must be one of \('digits', .*; got 'svhn'"),
+    ({"data": "stl10"}, r"Problem: data must be one of \('digits', .*; got 'stl10'"),
     ({"model": "vgg"}, "Problem: model must be one of"),
     ({"fast_init": "zeros"}, "Problem: fast_init must be one of"),
     ({"pixels": "log"}, "Problem: pixels must be one of"),

@@ -16,7 +16,7 @@ def test_every_study_has_what_the_command_needs():
     pytest.importorskip("sklearn")
     for name in registry.STUDIES:
         module = import_module(f"landscape_fast.studies.{name}")
-        assert tuple(module.SIZES) == registry.SIZES
+        assert tuple(module.SIZES) == registry.SIZES[name]
         assert callable(module.run) and callable(module.describe)
 
 
@@ -58,7 +58,7 @@ def test_a_study_of_images_reads_them_at_full_size_alone(canned, tmp_path, capsy
     for more, got in (
         (
             ["--size=full"],
-            "the folder of the CIFAR-10 files; got none with garipov2018 --size full",
+            "the folder of the data files; got none with garipov2018 --size full",
         ),
         (
             ["--root=here"],
@@ -68,6 +68,12 @@ def test_a_study_of_images_reads_them_at_full_size_alone(canned, tmp_path, capsy
         with pytest.raises(SystemExit):
             cli.main([*command, *more])
         assert f"argument --root: must be {got}" in capsys.readouterr().err
+
+
+def test_the_paper_size_has_a_choice_of_data(canned, tmp_path):
+    command = ["study", "fort2019", "--size=paper", "--root=images", "--out", str(tmp_path)]
+    assert cli.main([*command, "--data=cifar100"]) == 0
+    assert canned[1] == ("paper", 0, "images", "cifar100")
 
 
 def test_names_only_the_files_it_wrote(canned, tmp_path, capsys):
@@ -88,7 +94,15 @@ def test_defaults_and_json(canned, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["study", "fort2019"], "argument NAME: invalid choice: 'fort2019'"),
+        (["study", "fort2020"], "argument NAME: invalid choice: 'fort2020'"),
+        (
+            ["study", "fort2019", "--size", "full"],
+            "argument --size: must be one of smoke, cpu, small, paper; got full with fort2019",
+        ),
+        (
+            ["study", "fort2019", "--size", "cpu", "--root", "x", "--data", "cifar100"],
+            "argument --data: must be left out where there is no choice; got cifar100 with",
+        ),
         (["study"], "the following arguments are required: NAME"),
         (["study", "wenzel2020", "--size", "huge"], "argument --size: invalid choice: 'huge'"),
         (
