@@ -44,6 +44,7 @@ from landscape_fast.landscape.planes import (
     filter_normalised_map,
     map_plane,
     radial_map,
+    trajectory_map,
     triangle_map,
 )
 from landscape_fast.landscape.plots import accuracy_diversity, heat_maps, reliability_diagram
@@ -156,6 +157,7 @@ __all__ = [
     "simplex_heat_map",
     "size_curve_panels",
     "size_curves",
+    "trajectory_map",
     "triangle_map",
     "tsne",
     "tunnel_panels",

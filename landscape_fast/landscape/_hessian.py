@@ -181,7 +181,6 @@ def lanczos(
             break
         if rest <= 4 * torch.finfo(torch.float64).eps * scale:  # the basis spans what it can reach
             w, drawn = _orthogonal(hessian.random("start", seed, drawn), basis), drawn + 1
-            rest = 0.0
         beside.append(rest)
     found = torch.zeros(k, hessian.layout.P, dtype=torch.float64, device=hessian.device)
     for coefficients, v in zip(vectors[:, order].to(found.device), basis, strict=True):

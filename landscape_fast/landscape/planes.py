@@ -16,7 +16,7 @@ from landscape_fast.landscape.projection import check_plane, grid_around, neares
 from landscape_fast.methods.seeds import stream_seed
 from landscape_fast.nn.coefficients import filter_normalised
 from landscape_fast.nn.flat import FlatLayout, Source
-from landscape_fast.nn.geometry import Plane, plane, radial_plane
+from landscape_fast.nn.geometry import Plane, pca_plane, plane, radial_plane
 from landscape_fast.ops import gram
 from landscape_fast.ops._checks import require
 
@@ -232,6 +232,56 @@ def triangle_map(
     require(len(anchors) == 3, op, "models", "three of them", len(anchors))
     products = gram(anchors).cpu()
     axes, options = plane(products), {"agree_with": (0, 1, 2)} | options
+    return _around(op, model, anchors, axes, products, x, y, points, margin, around, False, options)
+
+
+def trajectory_map(
+    model: nn.Module,
+    snapshots: Tensor | Sequence[Source],
+    x: Tensor,
+    y: Tensor,
+    *,
+    points: int | tuple[int, int] = 41,
+    margin: float = 0.2,
+    around: Tensor | None = None,
+    **options: Any,
+) -> PlaneMap:
+    """The plane that shows most of a run: through its end, along its two principal directions.
+
+    Args:
+        model: the architecture; it is not changed.
+        snapshots: [T, P] of one run, T at least 3, the last at (0, 0); or T networks, state dicts
+            or vectors.
+        x: [N, ...] rows.
+        y: [N] int64 classes.
+        points: of the grid along each axis, or (W, H).
+        margin: how far the grid reaches beyond the run, as a fraction of its width and height.
+        around: [T', 2] further points that the grid must cover; see `project`.
+        options: agree_with ((T - 1,) unless given: the end), keep_logits, label and all of
+            `map_plane`.
+
+    Returns:
+        `PlaneMap`; its `anchors_at` is the trajectory. `project` tells how far it is from the
+        plane.
+
+    Raises:
+        ValueError: as `map_plane`, or if the snapshots are on one line.
+
+    Source: Li et al. 2018 (arXiv:1712.09913), section 7.
+
+    Example:
+        >>> rows, classes = torch.randn(20, 4), torch.arange(20) % 3
+        >>> run = [nn.Linear(4, 3) for _ in range(5)]
+        >>> found = trajectory_map(run[0], run, rows, classes, points=4, progress=False)
+        >>> found.anchors_at.shape, found.agreement.shape
+        (torch.Size([5, 2]), torch.Size([1, 4, 4]))
+    """
+    op = "trajectory_map"
+    anchors = rows_of(op, "snapshots", model, snapshots)
+    T = len(anchors)
+    require(T >= 3, op, "snapshots", "three of them or more", T)
+    products = gram(anchors).cpu()
+    axes, options = pca_plane(products), {"agree_with": (T - 1,)} | options
     return _around(op, model, anchors, axes, products, x, y, points, margin, around, False, options)
 
 

@@ -131,6 +131,37 @@ def radial_plane(gram: Tensor, anchors: tuple[int, int] = (0, 1)) -> Plane:
     return Plane(torch.zeros_like(first), *_orthonormal(first, second, gram))
 
 
+def pca_plane(gram: Tensor, centre: int = -1) -> Plane:
+    """The plane through one snapshot along the two directions in which the others leave it most.
+
+    Args:
+        gram: [n, n] of the snapshots, n at least 3.
+        centre: the snapshot at (0, 0); the last one of a run, as the authors have it.
+
+    Returns:
+        `Plane`, with the first snapshot (the second, if the first is the centre) at coordinates of
+        at least 0. Where the snapshots are on one line, the second axis has no direction.
+
+    Source: Li et al. 2018 (arXiv:1712.09913), section 7.
+
+    Example:
+        >>> run = torch.tensor([[4.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
+        >>> pca_plane(run @ run.T).coordinates(torch.eye(3), run @ run.T).shape
+        torch.Size([3, 2])
+    """
+    op, n = "pca_plane", gram.shape[-1]
+    require(n >= 3, op, "gram", "[n, n] with n of at least 3", list(gram.shape))
+    rule = f"an integer from {-n} to {n - 1}"
+    require(whole(centre, -n) and centre < n, op, "centre", rule, centre)
+    eye = torch.eye(n, dtype=gram.dtype, device=gram.device)
+    away = eye - eye[centre]
+    values, vectors = torch.linalg.eigh(away @ gram @ away.T)
+    axes = vectors[:, -2:].flip(1).T @ away / values[-2:].flip(0).clamp(min=0).sqrt()[:, None]
+    first = away[1 if centre in (0, -n) else 0]
+    negative = axes @ gram @ first < 0
+    return Plane(eye[centre], *torch.where(negative[:, None], -axes, axes))
+
+
 def _orthonormal(a: Tensor, b: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """Gram-Schmidt in coefficient space."""
     u = a / lengths(a, gram)

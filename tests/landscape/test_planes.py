@@ -14,6 +14,7 @@ from landscape_fast.landscape import (
     map_plane,
     project,
     radial_map,
+    trajectory_map,
     triangle_map,
 )
 from landscape_fast.models import MLP, ResNet
@@ -91,6 +92,22 @@ def test_a_radial_map_covers_the_origin_the_optima_and_what_else_is_shown():
     torch.testing.assert_close(seen(found.logits), parameters(truth))
     plain = radial_map(model, anchors, ROWS, CLASSES, margin=0.0, points=2, **QUIET)
     assert plain.x[0] == 0 or plain.x[0] == found.anchors_at[1, 0]
+
+
+def test_a_trajectory_map_shows_a_run_along_its_principal_directions():
+    model, anchors = probes(5)
+    kept = {"keep_logits": True, "points": (4, 3)} | QUIET
+    found = trajectory_map(model, anchors, ROWS, CLASSES, margin=0.25, **kept)
+    directions = torch.linalg.svd(anchors - anchors[-1], full_matrices=False).Vh[:2]
+    u, v = directions * (directions @ (anchors[0] - anchors[-1])).sign()[:, None]
+    at = (anchors - anchors[-1]) @ torch.stack([u, v], 1)
+    torch.testing.assert_close(found.anchors_at, at)
+    torch.testing.assert_close(project(anchors, anchors, found.plane).at, at)
+    width = at[:, 0].max() - at[:, 0].min()
+    torch.testing.assert_close(found.x[0], at[:, 0].min() - width / 4)
+    truth = nodes_of((found.x, found.y), anchors[-1], u, v)
+    torch.testing.assert_close(seen(found.logits), parameters(truth))
+    assert found.agreement.shape == (1, 3, 4)
 
 
 def networks(build, count=3):
@@ -213,6 +230,11 @@ def line():
         (lambda m, a: radial_map(m, a, ROWS, CLASSES), "optima must be two of them; got 3"),
         (lambda m, a: triangle_map(m, a[:2], ROWS, CLASSES), "models must be three of them"),
         (lambda m, a: triangle_map(m, a[:, :5], ROWS, CLASSES), r"models must be \[K, P\] with"),
+        (
+            lambda m, a: trajectory_map(m, a[:2], ROWS, CLASSES),
+            "snapshots must be three of them or more; got 2",
+        ),
+        (lambda m, a: trajectory_map(m, line(), ROWS, CLASSES), "models on one line"),
         (
             lambda m, a: triangle_map(m, a, ROWS, CLASSES, agree_with=(3,)),
             "agree_with must be integers from 0 to K - 1 = 2",

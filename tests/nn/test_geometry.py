@@ -162,6 +162,17 @@ def test_pca_gaussian_leaves_out_directions_without_spread(anchors):
     close("one direction of length 1", moved, torch.ones(()).double(), 10)
 
 
+@pytest.mark.parametrize("centre", [-1, 0, 2])
+def test_pca_plane_has_the_two_directions_of_the_svd(anchors, gram, centre):
+    away = anchors - anchors[centre]
+    exact = torch.linalg.svd(away, full_matrices=False).Vh[:2]
+    first = away[1 if centre == 0 else 0]
+    exact = exact * (exact @ first).sign()[:, None]
+    origin, u, v = (combine(each[None], anchors)[0] for each in g.pca_plane(gram, centre))
+    assert torch.equal(origin, anchors[centre])
+    close("axes", torch.stack([u, v]), exact, 100)
+
+
 def test_everything_is_differentiable(anchors):
     small = anchors[:3, :4].clone().requires_grad_()
     t = torch.tensor([0.2, 0.7], dtype=torch.float64)
@@ -178,6 +189,12 @@ def test_everything_is_differentiable(anchors):
 
 
 def test_refusals(gram):
+    with pytest.raises(ValueError, match=r"pca_plane: gram must be \[n, n\] with n of at least 3"):
+        g.pca_plane(gram[:2, :2])
+    with pytest.raises(
+        ValueError, match="pca_plane: centre must be an integer from -5 to 4; got 5"
+    ):
+        g.pca_plane(gram, 5)
     with pytest.raises(ValueError, match="plane: anchors must be 3 different integers from 0 to 4"):
         g.plane(gram, (0, 1, 1))
     with pytest.raises(ValueError, match="radial_plane: anchors must be 2 different integers from"):
