@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.ops._checks import LOW, check_tensor, require
+from landscape_fast.ops._checks import check_tensor, require
 
 
 class Ranking(NamedTuple):
@@ -45,9 +45,7 @@ def ranking(op: str, name: str, scores: Tensor, mark: str, marks: Tensor) -> Ran
         f"on the device of {name}, {scores.device}",
         str(marks.device),
     )
-    scores = scores.detach()
-    scores = scores.float() if scores.dtype in LOW else scores
-    falling, order = (-scores).sort()
+    falling, order = (-scores.detach()).sort()
     marks = marks[order]
     marked = torch.cat([marks.new_zeros(1, dtype=torch.int64), marks.cumsum(0)])
     start = torch.searchsorted(falling, falling)

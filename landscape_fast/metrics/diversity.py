@@ -63,7 +63,7 @@ def off_diagonal_mean(matrix: Tensor) -> Tensor:
         matrix: [M, M], floats; an entry for each pair.
 
     Returns:
-        0-dim, of the dtype of the matrix: the mean of the entries [i, j] with i != j. nan for M = 1.
+        0-dim, of the dtype of the matrix, over the entries [i, j] with i != j. nan for M = 1.
 
     Raises:
         RuntimeError: if the matrix is not square, from PyTorch.

@@ -85,7 +85,7 @@ def prediction_cosines(logits: Tensor) -> Tensor:
     products = torch.zeros(S, S, dtype=torch.float64, device=logits.device)
     for rows in logits.split(max(1, ENTRIES // max(1, S * C)), 1):
         x = rows.float() if rows.dtype in LOW else rows
-        products = products + gram(x.softmax(-1).flatten(1).contiguous())
+        products = products + gram(x.softmax(-1).flatten(1))
     return cosines(products)
 
 
@@ -117,8 +117,7 @@ def variation_ratio(labels: Tensor) -> Tensor:
     check_tensor(op, "labels", labels, "M, N", (None, None), dtypes=LABELS)
     M = labels.shape[0]
     require(M > 0, op, "labels", "[M, N] with M at least 1", list(labels.shape))
-    votes = labels.byte() if labels.dtype == torch.bool else labels
-    modal = (votes == votes.mode(0).values).sum(0)
+    modal = (labels == labels.mode(0).values).sum(0)
     return (M - modal).double() / M
 
 

@@ -60,13 +60,14 @@ def risk_coverage(confidence: Tensor, right: Tensor) -> RiskCoverage:
     """
     r = _by_confidence("risk_coverage", confidence, right)
     answered = torch.arange(1, len(confidence) + 1, device=confidence.device)
-    inside = (answered - r.start).double() / (r.stop - r.start)  # share of its tie, (0, 1]
-    before, after = r.marked[r.start], r.marked[r.stop]
-    risk = r.known((before + (after - before) * inside) / answered)
+    before, after, size = r.marked[r.start], r.marked[r.stop], r.stop - r.start
+    # in integers: a risk is rounded once, as the best one is, and never below it
+    wrong_by_size = before * size + (after - before) * (answered - r.start)
+    risk = r.known(wrong_by_size.double() / (size * answered))
     wrong = r.marked[-1]
     best = (answered - (len(confidence) - wrong)).clamp(min=0).double() / answered
     return RiskCoverage(
-        answered.double() / len(confidence), risk, risk.mean(), (risk - best).mean().clamp(min=0)
+        answered.double() / len(confidence), risk, risk.mean(), (risk - best).mean()
     )
 
 

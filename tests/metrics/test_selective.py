@@ -57,6 +57,8 @@ def test_ends_of_the_scale():
     falling = torch.arange(9, 0, -1).float()
     assert risk_coverage(falling, yes).aurc == 0 and risk_coverage(falling, yes).eaurc == 0
     assert risk_coverage(falling, no).aurc == 1 and risk_coverage(falling, no).eaurc == 0
+    tied = torch.cat([torch.arange(60, 49, -1), torch.ones(49)])  # 49 * (1 / 49) is less than 1
+    assert risk_coverage(tied, torch.arange(60) < 11).eaurc == 0
     assert risk_coverage(falling, some).eaurc == 0 < risk_coverage(falling, some).aurc
     assert risk_coverage(-falling, some).eaurc > 0.3
     constant = risk_coverage(torch.full((9,), 0.2), some)
