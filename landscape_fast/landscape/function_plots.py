@@ -65,6 +65,12 @@ def similarity_maps(
         ValueError: if shapes disagree or the checkpoints of a run are scattered.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figures 2a, 2b and 3.
+
+    Example:
+        >>> import torch
+        >>> apart = 0.2 * (1 - torch.eye(2))
+        >>> similarity_maps(torch.eye(2), apart, runs=[1, 2]).axes[1].get_title()
+        'across: mean 20.0 %'
     """
     op = "similarity_maps"
     count = len(runs)
@@ -128,6 +134,12 @@ def function_map(
         ValueError: if shapes disagree.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figures 2c and 4.
+
+    Example:
+        >>> import torch
+        >>> figure = function_map(torch.eye(3)[:, :2], runs=[1, 1, 2])
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['run 1', 'run 2']
     """
     op, count = "function_map", len(runs)
     require(count >= 1, op, "runs", "of at least one checkpoint", "none")
@@ -221,6 +233,11 @@ def diversity_plane(
         ValueError: if there is no point, or shapes disagree.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figures 6, 7 and S6.
+
+    Example:
+        >>> figure = diversity_plane({"random": ([0.5], [0.4])}, 0.7, 10, fit=(0.4, 0.01))
+        >>> figure.rows[0]
+        {'way': 'random', 'accuracy': 0.5, 'disagreement': 0.4, 'normalised': 0.8}
     """
     op = "diversity_plane"
     require(bool(points) or optima is not None, op, "points", "of at least one way", "none")
@@ -244,8 +261,8 @@ def diversity_plane(
     style = {"linewidths": 0.9, "edgecolors": DARK, "zorder": 5, "marker": "*", "color": _RED}
     if optima is not None:
         top = max(top, _cloud(axis, stars, "Independent runs", s=210, **style))
-    style |= {"color": _GREEN, "zorder": 6, "clip_on": False, "label": "reference"}
-    axis.scatter(100 * reference_accuracy, 0, s=260, **style)
+    style |= {"color": "white", "edgecolors": _GREEN, "linewidths": 2.0, "clip_on": False}
+    axis.scatter(100 * reference_accuracy, 0, s=230, **style | {"zorder": 6}, label="reference")
     axis.set(xlim=(100 * left, 100 * right), ylim=(-0.04 * top, 1.08 * top))
     axis.set(
         xlabel="Accuracy (%)", ylabel="Diversity: disagreement with the reference / error rate"

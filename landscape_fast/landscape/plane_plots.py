@@ -75,6 +75,13 @@ def plane_panels(
         ValueError: if shapes disagree, or without a field.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figures 5 and S1.
+
+    Example:
+        >>> import torch
+        >>> x = torch.linspace(-1, 1, 5)
+        >>> figure = plane_panels(x, x, {"Loss (nats)": x**2 + x[:, None] ** 2})
+        >>> figure.rows[0]
+        {'x': -1.0, 'y': -1.0, 'Loss (nats)': 2.0}
     """
     op = "plane_panels"
     require(len(fields) >= 1, op, "fields", "of at least one quantity", "none")
@@ -153,6 +160,13 @@ def wedge_panels(
         ValueError: if shapes disagree, or without a field.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figure S3.
+
+    Example:
+        >>> import torch
+        >>> angle, scale = torch.linspace(0, 1.5, 4), torch.tensor([[0.5], [1.0]])
+        >>> figure = wedge_panels(angle, 8 * scale.expand(2, 4), {"Loss (nats)": scale + angle})
+        >>> figure.axes[0].get_title()
+        'Loss (nats)'
     """
     op = "wedge_panels"
     require(len(fields) >= 1, op, "fields", "of at least one quantity", "none")
@@ -246,11 +260,12 @@ def _marks(axis: Axes, paths: Mapping, clouds: Mapping) -> list:
     for place, (name, at) in enumerate(paths.items()):
         look = place_style(place)
         axis.plot(*at.T, color="white", lw=3.2, zorder=5)
-        (line,) = axis.plot(*at.T, **look, ms=3.5, lw=1.5, zorder=6, label=method_name(name))
+        (line,) = axis.plot(*at.T, **look, ms=2.5, lw=1.5, zorder=6, label=method_name(name))
         handles.insert(place, line)
         ends = np.flatnonzero(np.abs(np.diff(at, axis=0)).sum(1) > 0) + 1
         for end in ends[:: max(1, len(ends) // 3)][-3:]:
-            arrow = {"arrowstyle": "-|>", "color": look["color"], "lw": 1.5, "mutation_scale": 13}
+            arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 15}
+            arrow |= {"facecolor": look["color"], "edgecolor": "white", "lw": 0.7}
             axis.annotate("", at[end], at[end - 1], arrowprops=arrow, zorder=7)
     return handles
 

@@ -57,6 +57,12 @@ def tunnel_panels(
         ValueError: without a panel or path, or if lengths disagree.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figure S2.
+
+    Example:
+        >>> paths = {"straight line": ([0, 0.5, 1], [0.9, 2.2, 0.9])}
+        >>> figure = tunnel_panels({"Loss (nats)": paths})
+        >>> figure.rows[1]
+        {'quantity': 'Loss (nats)', 'path': 'straight line', 'position': 0.5, 'value': 2.2}
     """
     op = "tunnel_panels"
     require(len(panels) >= 1, op, "panels", "of at least one quantity", "none")
@@ -125,6 +131,11 @@ def curvature_panel(
 
     Raises:
         ValueError: if shapes disagree.
+
+    Example:
+        >>> figure = curvature_panel([0, 1], [[3.0, 1.0], [90.0, 2.0]], [10, 100])
+        >>> [axis.get_yscale() for axis in figure.axes]
+        ['log', 'linear']
     """
     op = "curvature_panel"
     positions = checked(positions, op, "positions", "S", None)
