@@ -134,7 +134,7 @@ def map_plane(
     at = nearest(plane, torch.eye(len(anchors), dtype=torch.float64), products)
     loss, accuracy = found.loss.view(H, W), found.accuracy.view(H, W)
     logits = found.logits.unflatten(0, (H, W)) if keep_logits else None
-    agreement = found.agreement.view(-1, H, W)
+    agreement = found.agreement.view(len(agree_with), H, W)
     return PlaneMap(x_values, y_values, loss, accuracy, agreement, at, plane, coeffs, logits)
 
 

@@ -90,7 +90,8 @@ def test_a_radial_map_covers_the_origin_the_optima_and_what_else_is_shown():
     assert abs(found.anchors_at[0, 1]) < 1e-12 < found.anchors_at[1, 1]
     truth = nodes_of((found.x, found.y), torch.zeros_like(anchors[0]), *gram_schmidt(*anchors))
     torch.testing.assert_close(seen(found.logits), parameters(truth))
-    plain = radial_map(model, anchors, ROWS, CLASSES, margin=0.0, points=2, **QUIET)
+    plain = radial_map(model, anchors, ROWS, CLASSES, margin=0.0, points=2, agree_with=(), **QUIET)
+    assert plain.agreement.shape == (0, 2, 2)
     assert plain.x[0] == 0 or plain.x[0] == found.anchors_at[1, 0]
 
 
