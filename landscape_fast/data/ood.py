@@ -56,8 +56,8 @@ def patch_shuffled(
     # The position breaks ties, so that the order never depends on how equal numbers are sorted.
     squares = torch.arange(patches**2, device=images.device)
     order = ((draws.bits(patches**2) << 24) + squares).argsort(1)
-    cut = images.view(n, c, patches, h // patches, patches, w // patches)
-    cut = cut.permute(0, 2, 4, 1, 3, 5).reshape(n, patches**2, -1)
+    cut = images.reshape(n, c, patches, h // patches, patches, w // patches)
+    cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     moved = cut.gather(1, order[:, :, None].expand_as(cut))
     moved = moved.view(n, patches, patches, c, h // patches, w // patches)
     return moved.permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)

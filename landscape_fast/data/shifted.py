@@ -44,7 +44,7 @@ def cifar_c(
     check_scale(op, scale)
     _check_severity(op, severity)
     folder = _folder(op, root)
-    file = _find(op, root, folder, f"{name}.npy")
+    file = _find(op, root, folder, name)
     images = _images(op, file, _REMEDY)
     path = find_file(op, root, folder, (_LABELS,), _REMEDY)
     labels = _labels(op, path, len(images), _REMEDY)
@@ -166,7 +166,7 @@ def _folder(op: str, root: str | Path) -> Path:
 
 def _find(op: str, root: str | Path, folder: Path, name: str) -> Path:
     need(Path(name).name == name, op, "name", "the name of an array", repr(name))
-    return find_file(op, root, folder, (name,), f"{_REMEDY}, or make it with save_c")
+    return find_file(op, root, folder, (f"{name}.npy",), f"{_REMEDY}, or make it with save_c")
 
 
 def _open(op: str, path: Path, remedy: str) -> np.ndarray:
