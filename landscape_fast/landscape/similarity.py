@@ -157,7 +157,7 @@ def tsne(
 
     Returns:
         [S, 2] float64 on the CPU. It starts from the principal components, as scikit-learn does by
-        itself for points, and is the same every time on one machine.
+        itself for points, and is the same every time, with any number of threads, on one machine.
 
     Raises:
         ImportError: without scikit-learn, which the extra `plot` brings.
@@ -192,6 +192,7 @@ def tsne(
     require(fits, op, "distances", f"[S, S] with S = {S}", list(distances.shape))
     try:
         from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits  # which scikit-learn brings
     except ImportError as error:
         raise ImportError(
             f"tsne: scikit-learn must be installed; got {error}; pip install 'landscape-fast[plot]'"
@@ -205,8 +206,10 @@ def tsne(
         metric="precomputed",
         init=start.float().numpy(),
         random_state=seed,
-    ).fit_transform(distances.numpy())
-    return torch.from_numpy(embedding).double()
+    )
+    with threadpool_limits(1):  # so few points are no faster with more, and add up in one order
+        places = embedding.fit_transform(distances.numpy())
+    return torch.from_numpy(places).double()
 
 
 def cluster_distances(distances: Tensor, run: Tensor, late: Tensor) -> ClusterDistances:
