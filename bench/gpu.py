@@ -84,6 +84,7 @@ def parts(device: str, quick: bool, out: Path) -> list[Part]:
         bench("subspace_linear", 15),
         bench("subspace_step", 30),
         bench("sweep", 30),
+        bench("landscape_analysis", 30),
         bench("anchor_step", 12),
         bench("gram", 12),
         bench("perturb", 12),

@@ -21,6 +21,7 @@ OPS = (
     "tabm_step",
     "deep_together",
     "sweep",
+    "landscape_analysis",
 )
 
 
