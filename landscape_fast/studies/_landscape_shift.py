@@ -110,6 +110,15 @@ def measure_shift(bench: Bench, groups: Groups, corrupted: Path | None) -> Shift
     return Shift(found, tuple(names), len(rows.y), source)
 
 
+def check_corrupted(bench: Bench, corrupted: Path | None) -> None:
+    """Raises unless the folder has arrays of these test images; reads one of them."""
+    if corrupted is not None:
+        rows = bench.test.first(bench.settings.shift_rows)
+        images = bench.run.images[rows.index]
+        name = (bench.settings.corruptions or _all_names(images, corrupted))[0]
+        _maker(bench, images, rows, name, bench.settings.severities[0], corrupted)()
+
+
 def _all_names(images: Tensor, corrupted: Path | None) -> tuple[str, ...]:
     if corrupted is not None:
         return data.c_names(corrupted)
@@ -135,40 +144,31 @@ def _maker(bench: Bench, images: Tensor, rows: Rows, name, severity, corrupted):
     return make
 
 
-def measure_ood(bench: Bench, groups: Groups, folders: Mapping[str, Path]) -> OodReport:
-    """Divergence and detection on images from elsewhere: stand-ins, and folders if given."""
+def read_foreign(bench: Bench, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Name of a data set to as many of its test images as are corrupted, in the run's shape."""
+    found = {}
+    for name, folder in folders.items():
+        options = {"train": False} if name == "svhn" else {}
+        read = getattr(data, name)(folder, **options).test_x[: bench.settings.shift_rows]
+        found[name] = data.as_ood(read, bench.run.images)
+    return found
+
+
+def measure_ood(bench: Bench, groups: Groups, foreign: Mapping[str, Tensor]) -> OodReport:
+    """Divergence and detection on images from elsewhere: stand-ins, and those given."""
     rows = bench.test.first(bench.settings.shift_rows)
     images = bench.run.images[rows.index]
-    sets = foreign_sets(images, rows.index, folders, bench.settings.seed)
-    unknown = {name: _given(bench, make) for name, make in sets.items()}
-    known = bench.run.inputs(images)
-    places = {name: at for name, at in groups.places.items() if not name.startswith(SINGLE)}
-    return out_of_distribution(groups.networks, known, unknown, places, batch_size=bench.batch_size)
-
-
-def _given(bench: Bench, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: bench.run.inputs(make())
-
-
-def foreign_sets(
-    images: Tensor, index: Tensor, folders: Mapping[str, Path], seed: int
-) -> dict[str, Callable[[], Tensor]]:
-    """Name to a function that makes images in [0, 1] of the shape of these test images."""
-    about = {"seed": seed, "index": index}
+    about = {"seed": bench.settings.seed, "index": rows.index}
     patches = max(p for p in (1, 2, 4) if all(side % p == 0 for side in images.shape[2:]))
     sets = {
         "inverted": lambda: data.inverted(images),
         "patch_shuffled": lambda: data.patch_shuffled(images, patches, **about),
         "noise": lambda: data.noise_like(images, **about),
+        **{name: lambda own=own: own for name, own in foreign.items()},
     }
-    return sets | {name: _reader(name, folder, images) for name, folder in folders.items()}
-
-
-def _reader(name: str, folder: Path, images: Tensor) -> Callable[[], Tensor]:
-    """A function that reads as many test images of another data set."""
-    options = {"train": False} if name == "svhn" else {}
-
-    def read() -> Tensor:
-        return data.as_ood(getattr(data, name)(folder, **options).test_x[: len(images)], images)
-
-    return read
+    unknown = {name: lambda make=make: bench.run.inputs(make()) for name, make in sets.items()}
+    known = bench.run.inputs(images)
+    places = {name: at for name, at in groups.places.items() if not name.startswith(SINGLE)}
+    return out_of_distribution(
+        groups.networks, known, unknown, places, batch_size=bench.batch_size
+    )

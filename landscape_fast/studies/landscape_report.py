@@ -82,7 +82,9 @@ def report(
     """
     bench = Bench(run, settings, Path(out) / SCRATCH, progress=False)
     stages = _Stages(progress)
-    found = _measure(bench, stages, corrupted, dict(foreign or {}))
+    shift.check_corrupted(bench, corrupted)
+    images = shift.read_foreign(bench, foreign or {})
+    found = _measure(bench, stages, corrupted, images)
     judged = _judge(bench, found) | {part.heading: list(part.claims) for part in more}
     for number, row in enumerate((row for rows in judged.values() for row in rows), 1):
         row["number"] = number

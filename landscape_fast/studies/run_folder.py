@@ -110,7 +110,7 @@ def describe_training(
         "keep_every": keep_every,
         **described,
         "network": describe_model(problem.network(dataset, ensemble=False)),
-        "rows": describe_rows(dataset.train_x, dataset.train_y),
+        "training_rows": describe_rows(dataset.train_x, dataset.train_y),
     }
 
 
@@ -159,12 +159,11 @@ def open_run(
     model = problem.network(dataset, ensemble=False).to(device)
     for name, now in (
         ("network", describe_model(model)),
-        ("rows", describe_rows(dataset.train_x, dataset.train_y)),
+        ("training_rows", describe_rows(dataset.train_x, dataset.train_y)),
     ):
         stored = document.get(name, now)  # an older results.json has neither
-        remedy = "use the version that trained it, or train again"
-        rule = f"{name} of the run, {stored}"
-        require(stored == now, OP, name, rule, now, remedy)
+        remedy = "use the version and the data files that it was trained with, or train again"
+        require(stored == now, OP, f"{name} of the run", stored, now, remedy)
     checkpoints = path / "checkpoints"
     count = 1 if method == "single" else problem.members
     build = partial(problem.network, dataset, ensemble=False)
