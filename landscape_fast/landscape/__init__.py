@@ -24,6 +24,7 @@ from landscape_fast.landscape.ensemble_plots import (
     size_curve_panels,
 )
 from landscape_fast.landscape.function_plots import diversity_plane, function_map, similarity_maps
+from landscape_fast.landscape.mc_dropout import mc_dropout
 from landscape_fast.landscape.ood import OodReport, OodScores, out_of_distribution
 from landscape_fast.landscape.origins import (
     CycleDiversity,
@@ -141,6 +142,7 @@ __all__ = [
     "lower_limit",
     "map_plane",
     "ood_bars",
+    "mc_dropout",
     "out_of_distribution",
     "pair_diversity",
     "path_panels",
