@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -147,9 +148,10 @@ def checked(values, op: str, argument: str, letters: str, *sizes: int | None) ->
 
 
 def add_title(figure: Figure, title: str) -> None:
-    """The heading of a figure, if it has one."""
+    """The heading of a figure, if it has one, in as many lines as it needs."""
     if title:
-        figure.suptitle(title, fontsize=13, fontweight="bold")
+        lines = textwrap.fill(title, int(8.4 * figure.get_figwidth()))  # letters of bold 13 points
+        figure.suptitle(lines, fontsize=13, fontweight="bold")
 
 
 def legend_below(figure: Figure, handles: Sequence) -> None:
@@ -179,6 +181,20 @@ def log_worthwhile(values: np.ndarray, ratio: float = 30.0) -> bool:
     """Whether only a logarithmic scale shows them: all positive, and far apart."""
     finite = values[np.isfinite(values)]
     return bool(len(finite) and finite.min() > 0 and finite.max() > ratio * finite.min())
+
+
+def scale_values(axis: Axes, values: np.ndarray) -> None:
+    """A logarithmic scale for values where only that shows them, with plain numbers beside it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if not log_worthwhile(values):
+        return
+    axis.set_yscale("log")
+    finite = values[np.isfinite(values)]
+    if finite.max() < 3e3 * finite.min():
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def label_axes(axis: Axes, xlabel: str, ylabel: str, grid: str = "both") -> None:

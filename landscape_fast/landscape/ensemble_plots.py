@@ -219,7 +219,7 @@ def cycle_comparison(
             for name, value in panels[panel].items()
             for n, d in enumerate(value)
         ]
-    figure = new_figure(0.8 + 3.6 * len(panels), 3.9 + (0.3 if title else 0))
+    figure = new_figure(1.4 + 3.6 * len(panels), 3.9 + (0.3 if title else 0))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     styles = series_styles(name for groups in panels.values() for name in groups)
     for axis, (panel, groups) in zip(axes, panels.items(), strict=True):
@@ -299,7 +299,7 @@ def _grouped_bars(panels, groups: Sequence[str], keys: tuple, xlabel: str, title
                     high = max([mean + np.nan_to_num(spread), *repeats])
                     text = "0" if mean == 0 else short_number(mean)
                     axis.annotate(
-                        text, (x, high), xytext=(0, 4), textcoords="offset points", ha="center",
+                        text, (x, high), xytext=(0, 5), textcoords="offset points", ha="center",
                         fontsize=8, rotation=90 if crowded else 0,
                     )  # fmt: skip
             rows += [

@@ -58,7 +58,7 @@ def similarity_maps(
         A Figure of two maps with a colour bar each and lines between the runs. The headings give
         the means within and across runs, without the diagonal. Cells without a number are grey;
         where a few are far above the others, the colours of disagreement end at 1.2 times the 90 %
-        quantile.
+        quantile, without the first checkpoint of every run.
         `rows`: i, j with i <= j, their runs and epochs, cosine, disagreement.
 
     Raises:
@@ -87,9 +87,10 @@ def similarity_maps(
     axes = figure.subplots(1, 2)
     low = min(0.0, float(np.nanmin(cosine, initial=0.0)))
     _square(axes[0], cosine, (low, 1.0), "Cosine similarity of the weights", "viridis")
-    off = 100 * disagreement[~np.eye(count, dtype=bool)]
+    late = np.array([s not in starts for s in range(count)])
+    off = 100 * disagreement[late[:, None] & late & ~np.eye(count, dtype=bool)]
     off = off[np.isfinite(off)]
-    top = float(off.max(initial=0.0)) or 1.0
+    top = float(np.nanmax(100 * disagreement, initial=0.0)) or 1.0
     most = 1.2 * float(np.quantile(off, 0.9)) if len(off) else top
     top = most if 0 < most < 0.8 * top else top  # untrained networks would fill the scale
     _square(axes[1], 100 * disagreement, (0.0, top), "Disagreement (% of rows)", "cividis")

@@ -239,7 +239,8 @@ def _filled(axis: Axes, at: tuple, value: np.ndarray, label: str, limits: tuple 
     levels = space(low, high, _LEVELS)
     below, above = bool((finite < low).any()), bool((finite > high).any())
     extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
-    colours = "cividis_r" if "loss" in label.lower() else "viridis"
+    low_is_good = any(word in label.lower() for word in ("loss", "nll", "error"))
+    colours = "cividis_r" if low_is_good else "viridis"
     shown = np.ma.masked_invalid(value)
     filled = axis.contourf(*at, shown, levels, cmap=colours, extend=extend, **options)
     axis.contour(*at, shown, levels[2:-1:3], colors="white", linewidths=0.5, alpha=0.7)

@@ -17,10 +17,10 @@ from landscape_fast.landscape._figure import (
     label_axes,
     legend_below,
     legend_height,
-    log_worthwhile,
     method_name,
     new_figure,
     place_style,
+    scale_values,
     series_styles,
     styled,
     with_rows,
@@ -87,8 +87,7 @@ def tunnel_panels(
             ]
         mine = [row for row in rows if row["quantity"] == quantity]
         first = [row["position"] for row in mine if row["path"] == mine[0]["path"]]
-        if log_worthwhile(np.array([row["value"] for row in mine])):
-            axis.set_yscale("log")
+        scale_values(axis, np.array([row["value"] for row in mine]))
         for place, name in ((first[0], "1"), (first[-1], "2")):
             axis.axvline(place, color="#9A9A9A", lw=0.8, zorder=1)
             axis.annotate(name, (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
@@ -177,8 +176,7 @@ def curvature_panel(
 
 def _scale(axis: Axes, values: np.ndarray) -> None:
     finite = np.abs(values[np.isfinite(values)])
-    if log_worthwhile(values):
-        axis.set_yscale("log")
-    elif len(finite) and (values < 0).any() and finite.max() > 100 * max(np.median(finite), 1e-12):
+    scale_values(axis, values)
+    if len(finite) and (values < 0).any() and finite.max() > 100 * max(np.median(finite), 1e-12):
         power = math.ceil(math.log10(max(float(np.median(finite)), 1e-12)))
         axis.set_yscale("symlog", linthresh=10.0**power)

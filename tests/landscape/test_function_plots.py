@@ -69,9 +69,10 @@ class TestSimilarityMaps:
 
     def test_a_few_untrained_networks_do_not_fill_the_colours(self):
         """90 % against 20 % of everything else; the colour bar says that there is more."""
-        disagreement = torch.full((30, 30), 0.2).fill_diagonal_(0)
-        disagreement[0, 1:] = disagreement[1:, 0] = 0.9
-        figure = similarity_maps(torch.eye(30), disagreement, [0] * 30)
+        runs = [0] * 5 + [1] * 5  # every fifth checkpoint is one before training
+        disagreement = torch.full((10, 10), 0.2).fill_diagonal_(0)
+        disagreement[::5] = disagreement[:, ::5] = 0.9
+        figure = similarity_maps(torch.eye(10), disagreement, runs)
         assert figure.axes[1].images[0].get_clim() == pytest.approx((0, 24))
         assert figure.axes[1].images[0].colorbar.extend == "max"
         assert figure.axes[0].images[0].colorbar.extend == "neither"
@@ -232,3 +233,24 @@ def test_known_ways_keep_their_style_and_others_take_what_is_left():
     assert len(looks) == 20
     known = _figure.series_styles(_figure._WAYS)
     assert len({(s["linestyle"], s["marker"]) for s in known.values()}) == len(known)  # in grey
+
+
+def test_a_long_title_takes_several_lines():
+    figure = _figure.new_figure(4.4, 3)
+    title = "digits: cycles of one run against independent runs of as many epochs"
+    _figure.add_title(figure, title)
+    lines = figure.get_suptitle().split("\n")
+    assert " ".join(lines) == title and len(lines) > 1
+    text = figure.texts[0].get_window_extent()
+    assert text.width < figure.bbox.width
+
+
+def test_a_short_logarithmic_axis_has_plain_numbers():
+    figure = _figure.new_figure(4, 3)
+    axis = figure.subplots()
+    axis.plot([0.02, 0.7])
+    _figure.scale_values(axis, np.array([0.02, 0.7, np.nan]))
+    figure.canvas.draw()
+    low, high = axis.get_ylim()
+    shown = [t.get_text() for t in axis.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert axis.get_yscale() == "log" and shown == ["0.02", "0.05", "0.1", "0.2", "0.5"]
