@@ -64,7 +64,6 @@ def origins_part(found: Origins, settings: OriginSettings, name: str) -> Part:
 def cycles_part(found: Mapping[str, Tensor], settings: CycleSettings, name: str) -> Part:
     """Cycles of cSG-MCMC against independent runs."""
     groups = {key: value for key, value in found.items() if key != "accuracy"}
-    title = f"{name}: cycles of one run against independent runs"
     rows = [
         {"repeat": r, **{key: float(value[r]) for key, value in found.items()}}
         for r in range(settings.repeats)
@@ -76,7 +75,7 @@ def cycles_part(found: Mapping[str, Tensor], settings: CycleSettings, name: str)
         judge_cycles(found),
         {
             "cycles": (
-                lambda: cycle_comparison({name: groups}, title=title),
+                lambda: cycle_comparison({name: groups}),
                 "Disagreement of networks at the ends of cycles of cSG-MCMC: of different cycles "
                 "of the same run, and of different cycles of different runs.",
             )

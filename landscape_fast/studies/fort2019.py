@@ -89,17 +89,18 @@ _MEDIUM = Settings(
     tunnel=TunnelSettings(_adam(2, 1), rows=5000),
     cycles=CycleSettings("resnet20", _langevin(24, lr=0.1, batch_size=128)),
 )
-_DIGITS = _adam(12, 6, batch_size=32)
+_DIGITS = _adam(16, 8, lr=3e-3, batch_size=16)
 SIZES = {
     "smoke": Settings(
         data="digits",
         model="mlp",
         training=_DIGITS,
-        runs=3,
+        runs=4,
         report=settings_of("smoke"),
-        origins=OriginSettings("mlp", replace(_DIGITS, epochs=4), _RATES[:2]),
-        tunnel=TunnelSettings(replace(_DIGITS, epochs=2), nodes=5, rows=400),
-        cycles=CycleSettings("mlp", _langevin(9), repeats=2, explore=0.6),
+        origins=OriginSettings("mlp", _DIGITS, (1e-3, 4e-3), rows=200),
+        tunnel=TunnelSettings(replace(_DIGITS, epochs=4), nodes=5, rows=200),
+        cycles=CycleSettings("mlp", _langevin(30, batch_size=16), repeats=3, rows=200),
+        train_rows=200,
     ),
     "cpu": replace(
         _MEDIUM,
