@@ -303,11 +303,17 @@ def finite_members(tensors: list[Tensor], members: int) -> list[bool]:
     return torch.stack(every).all(0).tolist() if every else [True] * members
 
 
-def check_network(op: str, network: nn.Module, x: Tensor) -> None:
+def check_network(
+    op: str,
+    network: nn.Module,
+    x: Tensor,
+    argument: str = "build",
+    what: str = "a function making a network",
+) -> None:
     """Raises unless it maps [B, ...] to [B, C]; runs one row."""
     training = network.training
     with torch.no_grad():
         y = network.eval()(x[:1])
     network.train(training)
-    rule = "a function making a network that maps [B, ...] to [B, C]"
-    require(y.ndim == 2, op, "build", rule, f"one that makes {list(y.shape)} of a row")
+    rule = f"{what} that maps [B, ...] to [B, C]"
+    require(y.ndim == 2, op, argument, rule, f"one that makes {list(y.shape)} of a row")

@@ -15,6 +15,7 @@ from landscape_fast.methods.deep_together import TogetherRun, check_network
 from landscape_fast.methods.splits import check_rows
 from landscape_fast.methods.trainer import Diverged, History, training_seconds
 from landscape_fast.nn.coefficients import PolyChain, line
+from landscape_fast.nn.statistics import unguard_
 from landscape_fast.nn.subspace import Subspace
 from landscape_fast.ops import combine
 from landscape_fast.ops._checks import require, whole
@@ -128,12 +129,13 @@ def find_tunnel(
     layout = check_alike(op, start, end)
     ends = layout.flatten_many([start, end])
     x, y = x.to(ends.device), y.to(ends.device)
-    check_network(op, start, x)
+    plain = unguard_(copy.deepcopy(start))  # a guard is for evaluation
+    check_network(op, plain, x, "start", "a network")
     t = torch.linspace(0, 1, nodes + 2, dtype=torch.float64)
     chord = line(t[1:-1]).to(ends.device, torch.promote_types(ends.dtype, torch.float32))
     networks = []
     for weights in combine(chord, ends):
-        networks.append(copy.deepcopy(start))
+        networks.append(copy.deepcopy(plain))
         with torch.no_grad():
             for name, value in layout.views(weights).items():
                 networks[-1].get_parameter(name).copy_(value)

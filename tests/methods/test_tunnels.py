@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from methods.problem import ROWS, plain, rows
+from methods.problem import ROWS, batch_ensemble, plain, rows
 from methods.test_curves import SGD, two
 from methods.test_cyclic import deterministic, normed
 from methods.test_resume import interrupt_after, numbers
@@ -20,7 +20,13 @@ from landscape_fast.landscape import (
     radial_map,
     wedge_map,
 )
-from landscape_fast.methods import TrainingInterrupted, curve_statistics, find_tunnel, fit
+from landscape_fast.methods import (
+    TrainingInterrupted,
+    curve_statistics,
+    find_tunnel,
+    fit,
+    straight_line,
+)
 from landscape_fast.methods.seeds import epoch_order
 from landscape_fast.methods.trainer import Diverged
 from landscape_fast.nn import FlatLayout
@@ -182,6 +188,12 @@ def test_networks_with_batch_norms():
     found = along_path(networks[0], tunnel.weights, x, y, calibration=x, progress=False)
     line = along_path(networks[0], networks, x, y, calibration=x, per_segment=16, progress=False)
     assert float(found.loss.max()) < float(line.loss.max())
+    line = straight_line(*networks)  # whose networks may not be evaluated as they are
+    guarded = [line.network(torch.tensor(at)) for at in ([1.0, 0.0], [0.0, 1.0])]
+    for together in ("batched", "loop"):
+        options = {"constrain": "hyperplane", "together": together} | QUIET
+        again = find_tunnel(*guarded, x, y, SGD, **options)
+        torch.testing.assert_close(again.weights, tunnel.weights)
 
 
 @pytest.mark.parametrize("steps", [2, 5, 8])
@@ -260,6 +272,10 @@ def test_refuses():
             "end must be another point than start for a hyperplane; got start",
         ),
         ({"y": y.float()}, "y must be int64"),
+        (
+            {"start": batch_ensemble(), "end": batch_ensemble()},
+            r"start must be a network that maps .* to \[B, C\]; got one that makes \[3, 1, 3\]",
+        ),
         (
             {"config": dataclasses.replace(SGD, member_batches="own")},
             "config.member_batches must be 'shared'; got 'own'",
