@@ -48,6 +48,9 @@ def ranking(op: str, name: str, scores: Tensor, mark: str, marks: Tensor) -> Ran
     falling, order = (-scores.detach()).sort()
     marks = marks[order]
     marked = torch.cat([marks.new_zeros(1, dtype=torch.int64), marks.cumsum(0)])
-    start = torch.searchsorted(falling, falling)
-    stop = torch.searchsorted(falling, falling, right=True)
+    row, differs = torch.arange(len(marks), device=marks.device), falling[1:] != falling[:-1]
+    end = differs.new_ones(1)
+    first, last = torch.cat([end, differs]), torch.cat([differs, end])
+    start = torch.where(first, row, 0).cummax(0).values
+    stop = torch.where(last, row + 1, len(marks)).flip(0).cummin(0).values.flip(0)
     return Ranking(marks, marked, start, stop, scores.isnan().any())
