@@ -200,7 +200,8 @@ def _figure(figure: PageFigure, folder: Path) -> str:
     )
     alt = escape(figure.alt or figure.caption)
     return (
-        f'<figure>\n<img alt="{alt}" src="{source}">\n'
+        f'<figure>\n<a href="{escape(_relative(path, folder))}">'  # a small screen can enlarge it
+        f'<img alt="{alt}" src="{source}"></a>\n'
         f'<figcaption>{escape(figure.caption)} <span class="files">{links}</span></figcaption>\n'
         "</figure>\n"
     )
