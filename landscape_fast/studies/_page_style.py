@@ -37,7 +37,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .claims td[data-label="verdict"] { min-width: 9rem; }
 .claims small { display: block; color: var(--soft); max-width: 20rem; }
 figure { margin: 1rem 0 1.6rem; }
-figure img { max-width: min(100%, 54rem); height: auto; background: #fff; border: 1px solid var(--line); }
+figure img { max-width: min(100%, 54rem); height: auto; background: #fff;
+  border: 1px solid var(--line); }
 figcaption { font-size: .92rem; color: var(--soft); max-width: 50rem; }
 .files { white-space: nowrap; }
 .settings { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr;
