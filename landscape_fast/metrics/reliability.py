@@ -98,7 +98,11 @@ def top_sums(
 
 
 def bin_sums(confidence: Tensor, right: Tensor, bins: int, equal_mass: bool = False) -> BinSums:
-    """Sums per bin for A independent sets of N rows: confidence [A, N], right [A, N] bool."""
+    """Sums per bin for A independent sets of N rows: confidence [A, N], right [A, N] bool.
+
+    Counts are exact. On CUDA the order in which confidences are added, in float64, is not fixed but
+    under `torch.use_deterministic_algorithms`.
+    """
     A, N = confidence.shape
     if confidence.dtype in LOW:
         confidence = confidence.float()
