@@ -38,7 +38,7 @@ class SubspaceSampler(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomDirections:
     """The solution plus a step of length `scale` in a direction drawn from the sphere.
 
@@ -59,21 +59,24 @@ class RandomDirections:
 
     def __post_init__(self) -> None:
         check_tensor("RandomDirections", "centre", self.centre, "P", (self.layout.P,))
-        mask = self.layout.mask.to(self.centre)
+        # float32 for short weights too: a direction that is rounded first has another length
+        dtype = torch.promote_types(self.centre.dtype, torch.float32)
+        mask = self.layout.mask.to(self.centre.device, dtype)
         object.__setattr__(self, "_mask", mask)
 
     def draw(self, count: int, scale: float | Tensor, seed: int, first: int = 0) -> Tensor:
         """Weights [count, P]; `scale` is the length of the step in weight space."""
         scale = _scales("RandomDirections", self.centre, count, scale)
-        nothing = torch.zeros_like(self.centre)
+        nothing = torch.zeros_like(self._mask)
         steps = perturb(nothing, seed, members=count, first_member=first, sigma=self._mask)
         # each by itself: the last bits of a row must not depend on how many there are
         squares = torch.cat([gram(step[None])[0] for step in steps])
         lengths = scale.double() / squares.sqrt()
-        return steps.mul_(lengths.to(steps.dtype)[:, None]).add_(self.centre)
+        steps.mul_(lengths.to(steps.dtype)[:, None]).add_(self.centre)
+        return steps.to(self.centre.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightDropout:
     """The solution with each weight and bias set to 0 by chance, the others scaled up for it.
 
@@ -100,7 +103,7 @@ class WeightDropout:
         return perturb(self.centre, seed, scale=0.0, dropout=scale, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DiagonalGaussian:
     """Every weight normal by itself, around its mean over the last checkpoints of a run.
 
@@ -140,7 +143,7 @@ class DiagonalGaussian:
         return perturb(self.mean, seed, scale=scale, sigma=self.sigma, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankGaussian:
     """A Gaussian along the principal directions of checkpoints, around their mean.
 

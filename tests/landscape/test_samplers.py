@@ -105,6 +105,27 @@ def test_random_directions_are_as_long_as_asked_and_uniform():
         assert stats.kstest((directions @ axis).numpy(), "uniform", (-1, 2)).pvalue > LEVEL
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", samplers())
+def test_samples_of_short_weights_are_those_of_float32_rounded_once(name, dtype):
+    """But for the low-rank ones, whose directions are rounded when they are made."""
+    short, layout = solutions().to(dtype), FlatLayout(network().to(dtype))
+    make = {
+        "random": lambda w, layout: RandomDirections(w[0], layout),
+        "dropout": lambda w, _: WeightDropout(w[0]),
+        "diagonal": lambda w, _: DiagonalGaussian(w[0], w[1].abs()),
+        "low rank": lambda w, _: LowRankGaussian(w[0], w[1:4]),
+        "singular": lambda w, _: LowRankGaussian(w[0], w[4:6]),
+    }[name]
+    found = make(short, layout).draw(3, 0.5, seed=4)
+    truth = make(short.float(), LAYOUT).draw(3, 0.5, seed=4)
+    assert found.dtype == dtype
+    if name in ("random", "diagonal", "dropout"):
+        assert torch.equal(found, truth.to(dtype))
+    else:  # coordinates are drawn in float32 and combined so, in what order is the backend's
+        assert_as_exact(name, found, truth.to(dtype), truth.double())
+
+
 def test_dropout_takes_weights_and_biases_alike():
     stats = pytest.importorskip("scipy.stats")
     centre, draws = solutions()[0], 2000
