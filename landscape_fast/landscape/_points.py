@@ -75,7 +75,8 @@ def score_points(
         keep_labels=A > 0,
         **options,
     )
-    loss, accuracy = found.loss[A:].double(), found.accuracy[A:].double()
+    loss = found.loss[A:].double()
+    accuracy = (found.accuracy[A:].double() * len(y)).round() / len(y)  # exact again, as counts are
     agreement = loss.new_empty(A, len(coeffs))
     for a in range(A):
         agreement[a] = (found.labels[A:] == found.labels[a]).sum(1).double() / len(y)

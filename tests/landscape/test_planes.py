@@ -134,6 +134,7 @@ def test_at_an_anchor_the_map_is_that_network():
         with torch.no_grad():
             assert torch.equal(found.logits[0, j], nets[j](x))
         assert found.agreement[j, 0, j] == 1
+        assert found.accuracy[0, j] == (nets[j](x).argmax(1) == y).double().mean()
     logits = torch.stack([*found.logits[0], nets[2](x).detach()])
     apart = pairwise_divergence(logits, "disagreement").double()
     torch.testing.assert_close(found.agreement[:, 0], 1 - apart[:, :2])
