@@ -6,13 +6,22 @@ promise.
 """
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _LUMA = (0.299, 0.587, 0.114)
+_VALUES = 1 << 18  # of a part: temporaries of 2 MB stay in the cache
 Taps = tuple[tuple[Tensor, Tensor], ...]
+
+
+def chunks(*of_images: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [N, ...], the first of them images, cut alike into parts of so many values."""
+    if len(of_images[0]):
+        each = max(1, _VALUES // of_images[0][0].numel())
+        yield from zip(*(t.split(each) for t in of_images), strict=True)
 
 
 def inside(index: Tensor, size: int, edge: str) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from landscape_fast.data import _blurs, _digital, _noise, _weather
 from landscape_fast.data._checks import check_images, need, positions
 from landscape_fast.data._draws import Draws
+from landscape_fast.data._pixels import chunks
 
 # name: (function, parameters of severities 1 to 5), those of the authors' code for 32 x 32 images.
 _TABLE = {
@@ -55,7 +56,6 @@ _TABLE = {
 }
 CORRUPTIONS = tuple(_TABLE)
 _COLOUR = ("saturate",)
-_VALUES = 1 << 18  # of a chunk: temporaries of 2 MB stay in the cache
 
 
 def corrupt(
@@ -110,10 +110,7 @@ def corrupt(
     index = positions("corrupt", images, index)
     change, parameters = _TABLE[name]
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    if not len(images):
-        return out
-    each = max(1, _VALUES // images[0].numel())
-    for x, at, place in zip(images.split(each), index.split(each), out.split(each), strict=True):
+    for x, at, place in chunks(images, index, out):
         changed = change(x.contiguous(), parameters[severity - 1], Draws(seed, name, at))
         place.copy_(changed.clamp_(0, 1))
         if levels:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from landscape_fast.data._checks import check_images, need, positions
 from landscape_fast.data._draws import Draws
-from landscape_fast.data._pixels import luma
+from landscape_fast.data._pixels import chunks, luma
 from landscape_fast.data.dataset import Dataset
 
 
@@ -82,9 +82,10 @@ def noise_like(images: Tensor, *, seed: int = 0, index: Tensor | None = None) ->
         torch.Size([2, 3, 8, 8])
     """
     check_images("noise_like", images)
-    return Draws(seed, "noise_like", positions("noise_like", images, index)).uniform(
-        *images.shape[1:]
-    )
+    index, out = positions("noise_like", images, index), torch.empty_like(images)
+    for place, at in chunks(out, index):
+        place.copy_(Draws(seed, "noise_like", at).uniform(*images.shape[1:]))
+    return out
 
 
 def as_ood(images: Tensor, like: Dataset | Tensor) -> Tensor:

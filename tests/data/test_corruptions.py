@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from landscape_fast.data import CORRUPTIONS, corrupt, corruptions, digits
+from landscape_fast.data import CORRUPTIONS, _pixels, corrupt, digits
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "cifar10-test-jpeg.npz"
 GREY = tuple(name for name in CORRUPTIONS if name != "saturate")
@@ -70,7 +70,7 @@ def test_an_image_has_the_same_bits_in_any_company(name, monkeypatch):
     assert torch.equal(corrupt(x[some], name, 3, seed=5, index=some), whole[some])
     assert torch.equal(corrupt(x[2:3], name, 3, seed=5, index=torch.tensor([2])), whole[2:3])
     strided = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    monkeypatch.setattr(corruptions, "_VALUES", 7 * x[0].numel())  # chunks of 7, 7, 7 and 3
+    monkeypatch.setattr(_pixels, "_VALUES", 7 * x[0].numel())  # chunks of 7, 7, 7 and 3
     assert torch.equal(corrupt(strided, name, 3, seed=5), whole)
 
 
