@@ -157,6 +157,17 @@ def test_all_eigenvalues_of_a_hessian_that_is_not_of_full_rank():
     torch.testing.assert_close(vectors, torch.eye(15).double())
 
 
+def test_where_the_loss_is_flat_all_is_zero():
+    """Probabilities that have become 0 and 1 leave no number to start from again."""
+    network, y = nn.Linear(4, 3), torch.zeros(N, dtype=torch.int64)
+    with torch.no_grad():
+        network.bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
+    found = hessian_top_eigenvalues(network, rows().float(), y, k=3)
+    assert found.values.tolist() == found.residual.tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(3))
+    assert hessian_trace(network, rows().float(), y)[:2] == (0.0, 0.0)
+
+
 def test_signs_give_the_trace_without_bias_and_its_standard_error():
     r"""Of signs, :math:`\operatorname{Var} v^T H v = 2 \sum_{i \ne j} H_{ij}^2`."""
     network, x = plain().double(), rows()
