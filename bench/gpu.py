@@ -72,7 +72,7 @@ def parts(device: str, quick: bool, out: Path) -> list[Part]:
         bench("pairwise_divergence", 25),
         bench(MAIN, 20),
         bench("tabm_step", 45),
-        Part("training tests", [*test, "tests/methods", *marked], 40),
+        Part("training tests", [*test, "tests/methods", "tests/metrics", *marked], 40),
         Part("memory", [python, "bench/memory.py", "--device", device, f"--out={out}"], 20),
         bench("deep_together", 25),
         bench("hyper_batch_linear", 20),

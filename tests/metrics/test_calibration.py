@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -144,10 +146,9 @@ def test_gradients(norm):
     y = torch.arange(12) % 3
     logits.requires_grad_()
     for equal_mass in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda x: calibration_error(x.softmax(1), y, 4, norm=norm, equal_mass=equal_mass),  # noqa: B023
-            logits,
-        )
+        options = {"norm": norm, "equal_mass": equal_mass}
+        error = partial(calibration_error, targets=y, bins=4, **options)
+        assert torch.autograd.gradcheck(lambda x, error=error: error(x.softmax(1)), logits)
     if norm == "l1":
         assert torch.autograd.gradcheck(lambda x: classwise_ece(x.softmax(1), y, 4), logits)
 
