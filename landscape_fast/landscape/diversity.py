@@ -15,8 +15,9 @@ from landscape_fast.ops._checks import require
 # digits than accuracies have.
 EXPONENTS = (1e-3, 1e3)
 _GOLDEN = (math.sqrt(5) - 1) / 2
-# Golden sections of a bracket: down to where a minimum in float64 is flat, some 1e-8 of it.
-_SECTIONS = 35
+# Golden sections of a bracket: down to where a minimum in float64 is flat, some 1e-8 of it. A round
+# quarters the bracket of the exponent.
+_SECTIONS, _ROUNDS, _GRID = 35, 13, 257
 
 
 class DiversityPoints(NamedTuple):
@@ -257,50 +258,51 @@ def fit_correlated_family(
     require(some, op, "disagreement", "above 0 for some point", "0 for all")
     about = (reference_accuracy, classes)
 
-    def loss(log_e: float, sections: int = _SECTIONS) -> float:
-        return float(_nearest(points, math.exp(log_e), *about, sections)[1].square().sum())
-
     low, high = (math.log(e) for e in EXPONENTS)
-    grid = torch.linspace(low, high, 57).tolist()
-    at = min(range(len(grid)), key=[loss(log_e, 12) for log_e in grid].__getitem__)
-    left, right = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
-    for _ in range(_SECTIONS):
-        step = _GOLDEN * (right - left)
-        if loss(right - step) <= loss(left + step):
-            right = left + step
-        else:
-            left = right - step
-    exponent = math.exp((left + right) / 2)
-    p, distance = _nearest(points, exponent, *about)
+    for points_between, sections in ((57, 12), *[(9, _SECTIONS)] * _ROUNDS):
+        grid = torch.linspace(low, high, points_between, dtype=torch.float64)
+        losses = [_nearest(points, part.exp(), *about, sections)[1] for part in grid.split(9)]
+        at = int(torch.cat(losses).square().sum(1).argmin())
+        low, high = grid[max(at - 1, 0)].item(), grid[min(at + 1, len(grid) - 1)].item()
+    exponent = math.exp((low + high) / 2)
+    ends = torch.tensor([exponent], dtype=torch.float64)
+    p, distance = (found[0] for found in _nearest(points, ends, *about))
     found = _family(p, p.pow(exponent), *about)
     rmse = float(distance.square().mean().sqrt())
     return FamilyFit(exponent, p, *found, distance, rmse, *about)
 
 
 def _nearest(
-    points: Tensor, e: float, a: float, classes: int, sections: int = _SECTIONS
+    points: Tensor, exponents: Tensor, a: float, classes: int, sections: int = _SECTIONS
 ) -> tuple[Tensor, Tensor]:
-    """Where on the curve the points [2, S] have their nearest ones, [S], and how far these are."""
+    """Where on E curves the points [2, S] have their nearest ones, [E, S], and how far these are.
 
-    def away(p: Tensor) -> Tensor:  # [G] or [S, G] -> [S, G]
-        curve = torch.stack(_family(p, p.pow(e), a, classes))
-        return (curve.view(2, -1, p.shape[-1]) - points[..., None]).square().sum(0)
+    The place on a curve is looked for twice, as p and as p^e: one moves where the other is steep.
+    """
+    e = exponents[:, None, None, None]
+    to_right = torch.cat([torch.ones_like(e), 1 / e], 1)  # [E, 2, 1, 1]
+    to_wrong = torch.cat([e, torch.ones_like(e)], 1)
 
-    # Even in p and in p^e: one of them moves where the other stands still.
-    even = torch.linspace(0, 1, 257, dtype=torch.float64)
-    grid = torch.cat([even, even.pow(1 / e)]).unique()  # sorted
-    at = away(grid).argmin(1)
-    left, right = grid[(at - 1).clamp(min=0)], grid[(at + 1).clamp(max=len(grid) - 1)]
+    def away(t: Tensor) -> Tensor:  # [E, 2, S, G]
+        curve = _family(t.pow(to_right), t.pow(to_wrong), a, classes)
+        pairs = zip(curve, points[..., None], strict=True)
+        return sum((own - point).square() for own, point in pairs)
+
+    grid = torch.linspace(0, 1, _GRID, dtype=torch.float64)
+    at = away(grid.expand(len(e), 2, 1, -1)).argmin(-1)  # [E, 2, S]
+    left, right = grid[(at - 1).clamp(min=0)], grid[(at + 1).clamp(max=_GRID - 1)]
     for _ in range(sections):
         step = _GOLDEN * (right - left)
-        inner = torch.stack([right - step, left + step], 1)
-        lower, upper = away(inner).unbind(1)
+        inner = torch.stack([right - step, left + step], -1)
+        lower, upper = away(inner).unbind(-1)
         first = lower <= upper
-        left, right = torch.where(first, left, inner[:, 0]), torch.where(first, inner[:, 1], right)
-    # and the point of the grid: where p^e is steep, p = 0 is far from what lies beside it
-    both = torch.stack([grid[at], (left + right) / 2], 1)
-    distances, best = away(both).min(1)
-    return both.gather(1, best[:, None])[:, 0], distances.sqrt()
+        left = torch.where(first, left, inner[..., 0])
+        right = torch.where(first, inner[..., 1], right)
+    # and the point of the grid: 0 is far from what lies beside it where the curve is steep
+    t = torch.stack([grid[at], (left + right) / 2], -1)  # [E, 2, S, 2]
+    p, found = (v.transpose(1, 2).flatten(2) for v in (t.pow(to_right), away(t)))
+    distances, best = found.min(-1, keepdim=True)
+    return p.gather(-1, best)[..., 0], distances[..., 0].sqrt()
 
 
 def _check_plane(op: str, accuracy: float, classes: int, name: str = "base_accuracy") -> None:

@@ -79,7 +79,7 @@ def test_a_curve_is_found_again(exponent):
     assert fit.rmse < 1e-7 and (fit.reference_accuracy, fit.classes) == (0.68, 10)
 
 
-def noisy(exponent, reference, classes, noise, count=40):
+def noisy(exponent, reference, classes, noise, count=16):
     generator = torch.Generator().manual_seed(11)
     p = torch.rand(count, generator=generator).double() * 0.5
     curve = torch.stack(correlated_family(p, exponent, reference, classes))
@@ -124,10 +124,10 @@ def test_the_nearest_point_is_found_in_p_and_not_by_accuracy(e, least):
         assert float(fit_p) == pytest.approx(float(p[truth.argmin()]), rel=2e-3, abs=1e-6)
 
 
-def nearest(points, *about):
+def nearest(points, e, *about):
     from landscape_fast.landscape.diversity import _nearest
 
-    return _nearest(points, *about)
+    return (found[0] for found in _nearest(points, torch.tensor([e]).double(), *about))
 
 
 def test_what_has_no_meaning_is_refused():
