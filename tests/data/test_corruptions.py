@@ -36,12 +36,13 @@ def pictures(count=24, height=32, width=32, channels=3):
     return (x * 255).round() / 255
 
 
+@pytest.fixture(scope="module")
 def real_pictures():
-    """100 real test images of CIFAR-10."""
+    """40 real test images of CIFAR-10."""
     image = pytest.importorskip("PIL.Image")
     with np.load(REAL) as pack:
-        at, jpeg = pack["offsets"][:101], pack["jpeg"]
-        parts = [jpeg[at[i] : at[i + 1]].tobytes() for i in range(100)]
+        at, jpeg = pack["offsets"][:41], pack["jpeg"]
+        parts = [jpeg[at[i] : at[i + 1]].tobytes() for i in range(40)]
     pixels = np.stack([np.asarray(image.open(io.BytesIO(part)).convert("RGB")) for part in parts])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
@@ -95,8 +96,8 @@ def test_strength(name):
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.skipif(not REAL.is_file(), reason="no ../shared/data beside the checkout")
-def test_strength_on_real_images(name):
-    assert_rises(real_pictures(), name)
+def test_strength_on_real_images(name, real_pictures):
+    assert_rises(real_pictures, name)
 
 
 @pytest.mark.parametrize("name", GREY)
@@ -110,12 +111,12 @@ def test_strength_on_digits(name):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-@pytest.mark.parametrize("shape", [(8, 8), (9, 13), (33, 20), (64, 64)])
+@pytest.mark.parametrize("shape", [(8, 8), (9, 13), (40, 33)])
 def test_any_size_stays_in_range(name, shape):
     channels = (3,) if name == "saturate" else (1, 3)
     for c in channels:
         x = torch.cat([pictures(2, *shape, c), torch.zeros(1, c, *shape), torch.ones(1, c, *shape)])
-        for severity in (1, 3, 5):
+        for severity in (1, 5):
             made = corrupt(x, name, severity)
             assert made.shape == x.shape and made.dtype == torch.float32
             assert made.isfinite().all() and 0 <= made.min() and made.max() <= 1
