@@ -177,7 +177,9 @@ def judge_sizes(
     ]  # fmt: skip
 
 
-def judge_shift(found: Shift | None, ways: Sequence[str], reason: str) -> list[dict[str, Any]]:
+def judge_shift(
+    found: Shift | None, ways: Sequence[str], reasons: dict[str, str]
+) -> list[dict[str, Any]]:
     """X5: divergence and Brier score under corruption; the value of the worst severity."""
     curves = {} if found is None else mean_over_runs(found.curves.curves)
     levels = [] if found is None else found.curves.severity.tolist()
@@ -194,53 +196,53 @@ def judge_shift(found: Shift | None, ways: Sequence[str], reason: str) -> list[d
             least = (torch.stack([js[w] for w in others]).min(0).values - js["diagonal"]).tolist()
         gap = (curves[SINGLE]["brier"] - curves["independent"]["brier"]).tolist()
         better = [g for g, level in zip(gap, levels, strict=True) if level >= 3]
-    why = reason or ONE_RUN
     M = found.curves.members if several else 0
     return [
         claim(
             "under corruption independent runs diverge more than samples", "F22, Fig 9",
             f"JS by the largest of the samples at least {MORE_DIVERSE} at every severity", "{:.2f}",
-            worst(ratio), lambda v: v >= MORE_DIVERSE, why,
+            worst(ratio), lambda v: v >= MORE_DIVERSE, ONE_RUN,
         ),
         claim(
             "the divergence of independent runs grows with the corruption", "F22, Fig 9",
             "smallest change of JS from one severity to the next above 0 (nats)", "{:+.3g}",
-            worst(grows),
-            lambda v: v > 0, why,
+            worst(grows), lambda v: v > 0, ONE_RUN,
         ),
         claim(
             "samples of the diagonal Gaussian diverge least", "F22, Fig 9",
             "JS below that of the other samples at every severity (nats)", "{:+.3g}",
-            worst(least), lambda v: v > 0, reason or (ONE_RUN if not several else NO_WAY),
+            worst(least), lambda v: v > 0, _left_out("diagonal", reasons) if several else ONE_RUN,
         ),
         claim(
             "ensembles are better under strong corruption", "F21, Fig 9",
             f"Brier score of {M or 'several'} networks lower by at least {BRIER} at severities "
             "from 3 on", "{:+.4f}", worst(better), lambda v: v >= BRIER,
-            why if not several else "no severity of 3 or more was measured",
+            "no severity of 3 or more was measured" if several else ONE_RUN,
         ),
     ]  # fmt: skip
 
 
-def judge_ood(found: OodReport | None, reason: str) -> list[dict[str, Any]]:
+def judge_ood(found: OodReport | None, reasons: dict[str, str]) -> list[dict[str, Any]]:
     """X6: the order of divergences on images from elsewhere; the value of the worst set."""
     values = {"independent": [], "trajectory": []}
-    if found is not None and found.members > 1:
+    several = found is not None and found.members > 1
+    if several:
         ways = mean_js(found)
         for upper, lower in (("independent", "trajectory"), ("trajectory", "diagonal")):
             if upper in ways and lower in ways:
                 values[upper] = [ways[upper][s] - ways[lower][s] for s in ways[upper]]
-    why = reason or (NO_WAY if found is not None and found.members > 1 else ONE_RUN)
     return [
         claim(
             "on foreign images independent runs diverge more than one trajectory", "F23, text",
             "JS less that of the last checkpoints of a run above 0 on every set (nats)", "{:+.3g}",
-            worst(values["independent"]), lambda v: v > 0, why,
+            worst(values["independent"]), lambda v: v > 0,
+            _left_out("trajectory", reasons) if several else ONE_RUN,
         ),
         claim(
             "and a trajectory more than the diagonal Gaussian", "F23, text",
             "JS less that of the samples above 0 on every set (nats)", "{:+.3g}",
-            worst(values["trajectory"]), lambda v: v > 0, why,
+            worst(values["trajectory"]), lambda v: v > 0,
+            _left_out("diagonal", reasons) if several else ONE_RUN,
         ),
     ]  # fmt: skip
 
@@ -291,6 +293,11 @@ def judge_space(radial: Radial | None, starts: Starts | None, norms, runs: int):
             "(nats)", "{:+.4f}", rises, lambda v: v <= 0, NO_WAY,
         ),
     ]  # fmt: skip
+
+
+def _left_out(way: str, reasons: dict[str, str]) -> str:
+    """Why a method is not among those that meet other images."""
+    return reasons.get(way) or reasons.get(f"{way}, under shift") or NO_WAY
 
 
 def _why(ways: Sequence[str], reasons: dict[str, str]) -> str:

@@ -164,8 +164,8 @@ def _judge(bench: Bench, found: dict[str, Any]) -> dict[str, list[dict[str, Any]
         "weights and functions": claims.judge_likeness(found["likeness"]),
         "diversity": claims.judge_diversity(found["diversity"], bench.classes),
         "ensembles": claims.judge_sizes(found["sizes"], SAMPLED, found["reasons"]),
-        "corruption": claims.judge_shift(found["shift"], SAMPLED, ""),
-        "images from elsewhere": claims.judge_ood(found["ood"], ""),
+        "corruption": claims.judge_shift(found["shift"], SAMPLED, found["reasons"]),
+        "images from elsewhere": claims.judge_ood(found["ood"], found["reasons"]),
         "planes and paths": claims.judge_space(
             found["radial"], found["starts"], found["likeness"].norms, bench.R
         ),
