@@ -126,7 +126,7 @@ def _pixels(path: Path, size: int, shorter: int) -> Tensor:
     except ImportError as error:
         raise ImportError(
             f"image_folder: Pillow must be installed to read images; got {error}; "
-            "pip install pillow"
+            "pip install 'landscape-fast[io]'"
         ) from error
     try:
         with Image.open(path) as file:

@@ -55,7 +55,8 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
         from scipy.io import loadmat
     except ImportError as error:
         raise ImportError(
-            f"svhn: scipy must be installed to read .mat files; got {error}; pip install scipy"
+            f"svhn: scipy must be installed to read .mat files; got {error}; "
+            "pip install 'landscape-fast[io]'"
         ) from error
     try:
         content = loadmat(path, variable_names=("X", "y"))
