@@ -18,8 +18,8 @@
 namespace landscape_fast {
 namespace {
 
-// A mantissa z in [sqrt(1/2), sqrt(2)) falls into one of 32 intervals of equally many floats. INVERSE
-// is near 1 / z within an interval, exactly 1 in the one that holds 1, and LOG2 is -log2 of INVERSE.
+// A mantissa z in [sqrt(1/2), sqrt(2)) falls into one of 32 intervals of equally many floats.
+// INVERSE is near 1 / z within an interval, exactly 1 in the one that holds 1; LOG2 is its -log2.
 constexpr float INVERSE[32] = {
     1.39875937f, 1.36884248f, 1.34017849f, 1.31269038f, 1.28630722f, 1.26096368f, 1.23659956f,
     1.21315908f, 1.19059062f, 1.16884661f, 1.14788258f, 1.12765729f, 1.10813236f, 1.08927214f,
