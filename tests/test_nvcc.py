@@ -115,12 +115,17 @@ def test_every_kernel_of_every_file_is_there(kernels):
             assert declared <= got, source.name
 
 
+# Bytes where a few spills are the lesser evil: two blocks of 256 threads, in which 64 of the 128
+# registers are sums (with 128 members), so that one makes operands while the other multiplies.
+SPILLS = {"kl_product_kernel<128, true>": 256, "kl_product_kernel<64, false>": 16}
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills_and_fits(kernels, arch):
     bad = [
         k._replace(sass=None)
         for k in kernels[arch]
-        if k.stack or k.spills or k.registers > 255 or k.shared > SHARED
+        if max(k.stack, k.spills) > SPILLS.get(k.name, 0) or k.registers > 255 or k.shared > SHARED
     ]
     assert kernels[arch] and not bad
 
@@ -165,6 +170,15 @@ def test_js_takes_one_logarithm_per_pair(disassembled):
 def test_kl_needs_no_special_function_per_pair(disassembled):
     (kl,) = named(disassembled, r"pair_tiles_kernel<KlOp>")
     assert count(kl, r"MUFU\.(LG2|EX2)") == 0
+
+
+def test_kl_of_many_members_multiplies_on_tensor_cores(disassembled):
+    """16 by 8 members and 16 classes in one instruction, three times: high and low parts."""
+    tiles = {16: 1 * 2, 32: 1 * 4, 64: 2 * 4, 128: 2 * 8}
+    for k in named(disassembled, r"kl_product_kernel<"):
+        members = int(re.search(r"<(\d+)", k.name)[1])
+        assert count(k, r"HMMA\.16816\.F32\S*") == 3 * tiles[members], k.name
+        assert count(k, r"LDSM\S*") > 0, k.name
 
 
 def test_summary_takes_one_exponential_per_logit(disassembled):

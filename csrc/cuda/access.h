@@ -84,6 +84,13 @@ __device__ __forceinline__ T recomputed(T x) {
   return x;
 }
 
+// What follows is not loaded ahead of it: as recomputed(), where loads would take the registers.
+__device__ __forceinline__ void in_order() {
+#ifdef __CUDA_ARCH__
+  asm volatile("" ::: "memory");
+#endif
+}
+
 __host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -2,46 +2,25 @@
 //
 // First the softmax of every row. With a single tile of members the blocks of pair_tiles_kernel
 // make it for the rows that they are about to use (the logits then come from HBM once), else
-// row_stats_kernel does. Then the tiles of pairs: JS is bound by the unit that makes its one
-// logarithm per pair and class, KL takes differences of logarithms, which needs no centring, and an
-// FMA in each direction.
+// row_stats_kernel does. Then the tiles of pairs: JS takes a logarithm per pair and class, KL
+// differences of logarithms, which needs no centring, and an FMA in each direction; of more than a
+// few members it is a product on tensor cores (pairwise_kl.h).
+//
+// JS in cycles of a warp scheduler on an H200 (an estimate: instructions that nvcc 13.0 makes for
+// sm_90, of one dtype): for an element of 16 members about 1140 issued, while their 120 logarithms
+// keep the special function unit busy for 960; with 8 others about 1300, and 1024. So what is
+// issued binds, at 1.2 to 1.3 times the limit of that unit: a logarithm by polynomial, a dozen
+// instructions, would cost more than the 8 cycles it saves; doing less for each row would help.
 #include <cfloat>
 
 #include "cuda/labels.h"
 #include "cuda/pair_tiles.h"
+#include "cuda/pairwise_kl.h"
 #include "cuda/quick.h"
-#include "cuda/rows.h"
+#include "cuda/row_stats.h"
 
 namespace landscape_fast {
 namespace {
-
-constexpr double LN_2 = 0.6931471805599453;
-constexpr float TWICE_LOG2_E = 2.88539004f;
-
-// What is kept of the softmax of every row.
-struct Stats {
-  float4* rows;    // [M, N]: largest logit; scale, 1 / sum; ln sum, for JS instead 2 - 2 log2 sum
-  double2* about;  // [M, N], for JS alone: see JsOp
-};
-
-__device__ __forceinline__ void make_stats(const Rows& rows, int64_t m, int64_t n, const Stats& out,
-                                           bool mine) {
-  const Softmax s = softmax_of(Row(rows, m, n));
-  if (!mine || int(threadIdx.x) % rows.lanes != 0) return;
-  const double ln_sum = log(s.sum);
-  const float scale = float(1 / s.sum);
-  const int64_t row = m * rows.logits.N + n;
-  if (!out.about) {
-    out.rows[row] = make_float4(s.top, scale, float(ln_sum), 0.0f);
-    return;
-  }
-  const float shift = float(2 - 2 / LN_2 * ln_sum);
-  const double g = double(scale) * (s.weighted - s.sum * (ln_sum - LN_2));
-  const double rounded = double(TWICE_LOG2_E) * s.weighted + double(shift) * s.sum;
-  const double twice_g = double(scale) * rounded;
-  out.rows[row] = make_float4(s.top, scale, shift, 0.0f);
-  out.about[row] = make_double2(g - LN_2 * twice_g, g);
-}
 
 constexpr int STATS_THREADS = 256;
 
@@ -103,14 +82,7 @@ struct DivergenceOp {
 
   __device__ __forceinline__ void prepare(const Tile& tile, int64_t first, int64_t last) const {
     if (!fused) return;
-    const int groups = PAIR_THREADS / rows.lanes, count = int(last - first) * tile.ni;
-    const int group = int(threadIdx.x) / rows.lanes;
-    for (int begin = 0; begin < count; begin += groups) {
-      const bool mine = begin + group < count;
-      const int row = mine ? begin + group : count - 1;
-      const int64_t m = tile.i0 + row / int(last - first), n = first + row % int(last - first);
-      make_stats(rows, m, n, stats, mine);
-    }
+    make_stats_of<PAIR_THREADS>(rows, tile.i0, tile.ni, first, last, stats);
   }
 
   static __device__ __forceinline__ void over_warp(float (&sums)[SLOTS],
@@ -140,7 +112,7 @@ struct JsOp : DivergenceOp<Tiling<16, 8, false>> {
 
   static __device__ __forceinline__ Value value(float x, const float4* row) {
     const float below = x - row->x, d = below < -105.0f ? -105.0f : below;  // 0 * -inf is 0 here
-    const float p = exp_of(d) * row->y;
+    const float p = exp_scaled<0>(d) * row->y;  // a NaN is in row->y too
     return {p + TINY, p * fmaf(d, TWICE_LOG2_E, row->z)};
   }
 
@@ -169,15 +141,12 @@ struct JsOp : DivergenceOp<Tiling<16, 8, false>> {
 };
 
 struct KlOp : DivergenceOp<Tiling<8, 8, true>> {
-  struct Value {
-    float p, ln_p;
-  };
+  using Value = KlValue;
 
   static __device__ __forceinline__ Value nothing() { return {0.0f, 0.0f}; }
 
   static __device__ __forceinline__ Value value(float x, const float4* row) {
-    const float d = x - row->x;
-    return {exp_of(d) * row->y, d - row->z};
+    return kl_value(x, *row);
   }
 
   // Where ln p is -inf it becomes 0, and `lost` remembers who is infinitely far from that row: all
@@ -218,10 +187,8 @@ struct KlOp : DivergenceOp<Tiling<8, 8, true>> {
   }
 
   __device__ __forceinline__ float accurate(int64_t i, int64_t j, int64_t n, int c) const {
-    Value pair[2] = {value(logit(i, n, c), stats_at(i, n)), value(logit(j, n, c), stats_at(j, n))};
-    for (Value& v : pair) v.ln_p = v.ln_p == -INFINITY ? 0.0f : v.ln_p;
-    if (pair[0].p == 0.0f) return pair[1].p;
-    return kl_term_log(pair[0].p, pair[1].p, pair[1].ln_p - pair[0].ln_p);
+    return kl_accurate(value(logit(i, n, c), stats_at(i, n)),
+                       value(logit(j, n, c), stats_at(j, n)));
   }
 };
 
@@ -268,7 +235,10 @@ int launch(const Logits& logits, void* workspace, float* out, double* total, voi
 int64_t pairwise_divergence_cuda_workspace(int64_t M, int64_t N, int64_t C, Divergence kind) {
   if (M == 0) return 0;
   if (kind == Divergence::js) return Layout<JsOp>(M, N, C).bytes();
-  if (kind == Divergence::kl) return Layout<KlOp>(M, N, C).bytes();
+  if (kind == Divergence::kl) {
+    if (pairwise_kl_is_for(M, C)) return pairwise_kl_cuda_workspace(M, N, C);
+    return Layout<KlOp>(M, N, C).bytes();
+  }
   return aligned(M * N * int64_t(sizeof(int32_t))) + pairwise_disagreement_cuda_workspace(M, N);
 }
 
@@ -282,6 +252,9 @@ int pairwise_divergence_cuda(const Logits& logits, Divergence kind, void* worksp
     if (const int error = labels_of_logits_cuda(logits, labels, stream)) return error;
     void* rest = static_cast<char*>(workspace) + aligned(M * N * int64_t(sizeof(int32_t)));
     return pairwise_disagreement_cuda({labels, 4, M, N, N, 1}, rest, out, sums, stream);
+  }
+  if (kind == Divergence::kl && pairwise_kl_is_for(logits.M, logits.C)) {
+    return pairwise_kl_cuda(logits, workspace, out, sums, stream);
   }
   return kind == Divergence::js ? launch<JsOp>(logits, workspace, out, sums, stream)
                                 : launch<KlOp>(logits, workspace, out, sums, stream);

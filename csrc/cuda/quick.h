@@ -18,6 +18,25 @@ __device__ __forceinline__ float exp_quick(float x) {
 #endif
 }
 
+// 2^BITS e^x for -87 <= x <= 0, relative error 3e-9 before rounding; 0 below, and for NaN.
+template <int BITS>
+__device__ __forceinline__ float exp_scaled(float x) {
+  const float shift = 12582912.0f + BITS;  // as in exp_of, which knows subnormal results too
+  const float z = x * 1.44269504f + shift;
+  const float k = z - shift;
+  float f = x - k * 0.693359375f;
+  f = f + k * 2.12194440e-4f;
+  float y = 0.00138146088f;
+  y = y * f + 0.008368709862f;
+  y = y * f + 0.04166838744f;
+  y = y * f + 0.1666652069f;
+  y = y * f + 0.4999999345f;
+  y = y * f + 1.0f;
+  y = y * f + 1.0f;
+  const uint32_t bits = uint32_t(bits_of(y)) + (uint32_t(bits_of(z)) << 23);  // times 2^n
+  return x >= -87.0f ? float_of(int32_t(bits)) : 0.0f;
+}
+
 // log2 of a normal number: absolute error 2^-22 on (1/2, 2), relative error 2^-22 elsewhere.
 __device__ __forceinline__ float log2_quick(float x) {
 #ifdef __CUDA_ARCH__

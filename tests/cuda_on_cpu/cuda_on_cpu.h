@@ -65,6 +65,8 @@ std::enable_if_t<std::is_integral_v<T>, T> atomicOr(T* address, T value) {
   return old;
 }
 
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 template <class T>
 T __ldg(const T* address) {
   return *address;

@@ -104,6 +104,61 @@ def test_no_examples_no_members(kernels, kind):
     assert kernels.pairwise_divergence(torch.zeros(0, 2, 4), kind).shape == (0, 0)
 
 
+# KL on the tensor cores: (M, N, C) of members padded to 16, 32, 64 and 128, short rows and rows
+# that are read once, several groups and chunks
+PRODUCTS = [
+    (9, 6, 5), (16, 40, 70), (33, 3, 9), (64, 2, 150), (11, 2, 530), (25, 1, 520), (50, 1, 515),
+    (70, 3, 35), (9, 1, 16400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_kl_of_many_members(kernels, shape):
+    logits = 2 * torch.randn(shape)
+    check(kernels.quick(), fenced(logits), "kl")
+    if shape[2] < 1000:
+        check(kernels.quick(), fenced(logits[:1] + 0.3 * torch.randn(shape)), "kl")
+
+
+@pytest.mark.parametrize("shape", [(10, 3, 40), (10, 3, 600), (70, 2, 40)], ids=str)
+def test_kl_of_many_members_far_apart(kernels, shape):
+    """Logits of which the first say nothing of the largest, and classes all but ruled out, by one,
+    by some and by all."""
+    logits = torch.randn(shape)
+    logits[2, :, -1] = 70
+    logits[3:, 0, -2] = 60
+    logits[4, :, 3] = -1e9
+    logits[5:, 1, :35] = -inf
+    logits[:, :, 7] = -1e4
+    logits[:, :, 8] = -inf
+    logits[1, :, 6] = logits[1, :, 9] = -500
+    got = check(kernels.quick(), logits, "kl")
+    assert got[0, 4] > 1e5 and got[4, 0].isfinite() and got[0, 9] == inf and (got >= 0).all()
+
+
+@pytest.mark.parametrize("C", [40, 600])
+def test_kl_of_a_member_without_probabilities(kernels, C):
+    for value in (inf, nan, -inf):
+        logits = torch.randn(10, 3, C)
+        logits[4, 1, 20 if value != -inf else slice(None)] = value
+        got = check(kernels.quick(), logits, "kl")
+        assert got[4].isnan().all() and got[:, 4].isnan().all()
+        assert got[0, 1].isfinite()
+
+
+@pytest.mark.parametrize("C", [30, 540])
+def test_kl_of_many_near_members_keeps_its_digits(kernels, C):
+    """Nearer than what plain float32 tells apart, and equal."""
+    logits = torch.randn(1, 4, C).double() + 1e-2 * torch.randn(12, 4, C)
+    logits[11] = logits[3]
+    logits = (4 * logits).float()
+    got = check(kernels.quick(), logits, "kl")
+    truth = pairwise_divergence_reference(logits.double(), "kl")
+    apart = truth > 0
+    assert ((got - truth).abs() / truth)[apart].max() < 1e-3  # rounding the logits makes 1e-4
+    assert got[3, 11] == 0 and (got[apart] > 0).all()
+
+
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool]
 
 
