@@ -191,7 +191,7 @@ def sweep(
                 if checkpoint is not None and save:
                     save_checkpoint(Path(checkpoint), identity, record.state())
                     saved = time.monotonic()
-                if interrupted.is_set() and record.done < count:
+                if interrupted.is_set():  # also in the last pass: the caller has more to do
                     raise SweepInterrupted(record.done, count, checkpoint)
                 if end or record.due():
                     bar.epoch(record.line())

@@ -130,7 +130,7 @@ def mean_auroc(found: OodReport, kind: str = "entropy") -> dict[str, dict[str, f
 
 
 def radial_figure(found: Radial, name: str):
-    """Loss, accuracy, and agreement with both solutions over the radial plane."""
+    """Loss, accuracy, and agreement and diversity with both solutions over the radial plane."""
     plane = found.map
     fields = {
         "Test NLL (nats)": plane.loss,
@@ -138,7 +138,10 @@ def radial_figure(found: Radial, name: str):
         "Agreement with solution 1 (%)": 100 * plane.agreement[0],
         "Agreement with solution 2 (%)": 100 * plane.agreement[1],
     }
-    percent = {label: (0.0, 100.0) for label in fields if "%" in label}
+    limits = {label: (0.0, 100.0) for label in fields if "%" in label}
+    for k, apart in enumerate(plane.normalised_disagreement, 1):
+        label = f"Disagreement with solution {k} / error rate"
+        fields[label], limits[label] = apart, (0.0, 1.5)  # near 1 where both are mostly wrong
     return plane_panels(
         plane.x,
         plane.y,
@@ -146,7 +149,7 @@ def radial_figure(found: Radial, name: str):
         anchors=plane.anchors_at,
         trajectories={f"run {r}": at for r, at in found.trajectories.items()} or None,
         samples=None if found.samples is None else {"diagonal": found.samples},
-        limits=percent,
+        limits=limits,
         title=f"{name}: the plane through the origin and two solutions",
     )
 

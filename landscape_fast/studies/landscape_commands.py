@@ -33,8 +33,8 @@ def landscape(args: Namespace) -> int:
                 progress=not args.quiet,
             )  # fmt: skip
         except KeyboardInterrupt as stop:
-            text = str(stop) or "stopped"
-            raise KeyboardInterrupt(f"{text}\nthe same command continues from there") from stop
+            text = f"stopped; what was measured is kept in {out}, and the same command goes on"
+            raise KeyboardInterrupt(text) from stop
     print(to_json(document) if args.json else describe(document), end="" if args.json else "\n")
     if not args.json:
         print(f"\nwrote {out / 'index.html'} with {', '.join(_written(out))}")

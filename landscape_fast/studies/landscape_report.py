@@ -213,7 +213,8 @@ def _notes(bench: Bench, found: dict[str, Any]) -> list[str]:
     if bench.normed:
         notes.append(
             "the statistics of the norms are taken anew for every network from "
-            f"{len(bench.calibration):,} training rows"
+            f"{len(bench.calibration):,} training rows; their scales, which start alike, are "
+            "weights too, and raise the cosines"
         )
     if bench.run.trajectories is None:
         notes.append("no epochs were kept in training, so that trajectories are left out")

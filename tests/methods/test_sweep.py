@@ -150,6 +150,24 @@ def test_resumes_to_the_same_numbers(tmp_path):
     assert called == [0, 3, S - 1] and torch.equal(again.loss, found.loss)
 
 
+def test_ctrl_c_in_the_last_pass_is_not_lost(tmp_path):
+    """A report of many short sweeps would otherwise go on."""
+    model, _, weights, x, y, calibration = problem(residual)
+    options = {"calibration": calibration, "progress": False, "checkpoint": tmp_path / "sweep.pt"}
+    asked = []
+
+    def interrupted(start, stop):
+        asked.append(start)
+        if asked.count(S - 1) == 2:  # the first time tells whose weights they are
+            signal.raise_signal(signal.SIGINT)
+        return weights(start, stop)
+
+    with pytest.raises(SweepInterrupted, match="after 7 of 7 models; saved"):
+        sweep(model, interrupted, S, x, y, **options)
+    found = sweep(model, weights, S, x, y, resume=True, **options)
+    assert len(found.loss) == S
+
+
 class Table(nn.Module):
     """Gives row n the class that its parameter n says."""
 

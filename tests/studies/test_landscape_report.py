@@ -379,6 +379,18 @@ def test_the_command_writes_beside_the_run(folder, tmp_path, capsys):
     assert document["settings"]["corruptions"] == ["contrast", "pixelate"]
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(folder, tmp_path, capsys, monkeypatch):
+    from landscape_fast.studies import landscape_report
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt("sweep stopped")
+
+    monkeypatch.setattr(landscape_report, "report", stop)
+    code, told = command(capsys, folder, f"--out={tmp_path}")
+    assert code == 130 and told.out == ""
+    assert f"kept in {tmp_path}, and the same command goes on" in told.err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
