@@ -18,11 +18,11 @@ namespace {
 // instructions of a lane for each logit as nvcc 13.0 makes them for sm_90: the product takes about
 // 90 whatever M is (loads, exp, splitting, shared memory), with its multiplications; tiles of
 // pairs in float32 take 45 for each tile that reads the logit, about M / 8 of them, 30 for the
-// statistics, and 1.5 for each other member. Up to 8 members there is one tile, which does no work on padding.
+// statistics, and 1.5 for each other member. Up to 8 members there is one tile, which does no work
+// on padding.
 // By that count an H200 needs 4 ms for 128 members, 10,000 examples and 1000 classes, where its
 // memory needs 1.2 and its tensor cores 1.6: the loads and the splitting are what to shorten first.
 constexpr int64_t FEWEST = 9, MOST = 128;
-
 
 constexpr int64_t KL_BLOCKS = 264;  // at most: 2 on each of 132 SMs
 constexpr int64_t GROUP_BYTES = 96 * 1024;

@@ -59,6 +59,12 @@ def divergences(kernels):
         kernels.divergence(logits, dtype, M, N, C, *strides, kind, workspace, out, sums)
         transposed = (1, M * C, M)  # members last
         kernels.divergence(logits, dtype, M, N, C, *transposed, kind, workspace, out, None)
+    for M, N, C in [(40, 2, 70), (34, 1, 520), (70, 1, 33)]:  # KL padded to 64 and 128 members
+        logits = numbers(FLOAT32, M * N * C, special=0.1)
+        workspace, out, sums = (
+            empty(n) for n in (kernels.divergence_workspace(M, N, C, 1), 4 * M * M, 8 * M * M)
+        )
+        kernels.divergence(logits, FLOAT32, M, N, C, N * C, C, 1, 1, workspace, out, sums)
 
 
 def disagreements(kernels):

@@ -24,6 +24,11 @@ def _logits(M, N, C):
     return lambda scale: [3 * torch.randn(M, N * scale, C * scale)]
 
 
+def _near(M, N, C):
+    """Logits of members that differ little."""
+    return lambda scale: [torch.randn(N * scale, C) + 0.1 * torch.randn(M, N * scale, C)]
+
+
 def _labels(dtype):
     return lambda scale: [torch.randint(5, (6, 1003 * scale)).to(dtype)]
 
@@ -54,6 +59,17 @@ def entries(entry):
                 _logits(6, 203, classes),
                 gradients=kind != "disagreement",
             )
+    many = {  # padded to 16, 32, 64 and 128 members; short rows and long ones
+        "kl of 12 members": ("kl", _logits(12, 203, 40)),
+        "kl of 20 members, long rows": ("kl", _logits(20, 53, 600)),
+        "kl of 64 near members": ("kl", _near(64, 203, 100)),
+        "kl of 100 members": ("kl", _logits(100, 37, 130)),
+        "js of 40 members": ("js", _logits(40, 103, 130)),
+    }
+    for name, (kind, make) in many.items():
+        functions = pairwise_divergence, pairwise_divergence_reference
+        calls = [partial(function, kind=kind) for function in functions]
+        yield entry(name, "pairwise_divergence", *calls, make, gradients=False)
     for dtype in (torch.int64, torch.uint8):
         yield entry(
             f"disagreement of {str(dtype).removeprefix('torch.')} labels",
