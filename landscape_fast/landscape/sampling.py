@@ -150,8 +150,8 @@ def sample_accepted(
         rows = _rows(sampler, seed, wanted, attempt, drawn)
         label = f"samples, try {attempt + 1} of {tries}"
         found = sweep(model, rows, len(wanted), x, y, label=label, **options)
-        accuracy = found.accuracy.double()
-        best = max(best, float(accuracy.nan_to_num(0.0).max()))
+        accuracy = _exact(found.accuracy, len(y))
+        best = max(best, float(accuracy.max()))
         for place in (accuracy >= threshold).nonzero()[:, 0].tolist():
             logits = found.logits[place] if keep_logits else None
             kept[wanted[place]] = (attempt, drawn[place], accuracy[place], logits)
@@ -240,9 +240,8 @@ def scale_for_accuracy(
             return sampler.draw(stop - start, scale, seed, first=start)
 
         label = f"samples at scale {scale:.3g}"
-        return float(
-            sweep(model, rows, samples, x, y, label=label, **options).accuracy.double().mean()
-        )
+        found = sweep(model, rows, samples, x, y, label=label, **options)
+        return float(_exact(found.accuracy.double().mean(), samples * len(y)))
 
     low, high = map(float, scales)
     at_high = mean(high)
@@ -259,6 +258,11 @@ def scale_for_accuracy(
         else:
             high = middle
     return ScaleFound(low, accuracy, True)
+
+
+def _exact(accuracy: Tensor, rows: int) -> Tensor:
+    """Accuracies in float64: 7 of 10 rows must not miss a threshold of 0.7 by rounding."""
+    return (accuracy.double() * rows).round() / rows
 
 
 def _collected(sampler, seed, kept, taken, best, no_logits) -> Accepted:
@@ -299,10 +303,11 @@ def _scale_of(op, scales, count, seed):
         require(scales.shape == (count,), op, "scales", f"[{count}]", list(scales.shape))
         each = scales.double().tolist()
         return lambda sample, attempt: each[sample]
-    if not isinstance(scales, tuple):
+    if isinstance(scales, int | float):
         return lambda sample, attempt: float(scales)
-    good = len(scales) == 2 and 0 <= scales[0] <= scales[1] < math.inf
-    require(good, op, "scales", "(low, high) with 0 <= low <= high", scales)
+    good = isinstance(scales, tuple) and len(scales) == 2
+    good = good and 0 <= scales[0] <= scales[1] < math.inf
+    require(good, op, "scales", "a number, [count] or (low, high) with 0 <= low <= high", scales)
     low, high = scales
 
     def uniform(sample: int, attempt: int) -> float:
