@@ -98,7 +98,7 @@ def function_distances(logits: Tensor) -> Tensor:
         [S, S] float64, at most sqrt(2 N); symmetric, 0 on the diagonal. At least nine digits are
         right however close two checkpoints are: all probabilities are in float64 and relative to
         their mean over the checkpoints, and distances that are small against what is left are
-        summed from differences.
+        summed from differences. NaN to and from a checkpoint whose probabilities are not finite.
 
     Raises:
         TypeError: if `logits` is no tensor.
@@ -162,7 +162,8 @@ def tsne(
     Raises:
         ImportError: without scikit-learn, which the extra `plot` brings.
         TypeError: if `logits` is no tensor.
-        ValueError: if there are fewer than 4 functions, or too few for the perplexity.
+        ValueError: if there are fewer than 4 functions, or too few for the perplexity, or one has
+            probabilities that are not finite.
 
     Cost: `function_distances` and, in scikit-learn, some seconds for hundreds of points.
 
@@ -188,8 +189,11 @@ def tsne(
     require(number and 1 <= perplexity < S, op, "perplexity", rule, repr(perplexity), remedy)
     if distances is None:
         distances = function_distances(logits)
-    fits = distances.shape == (S, S)
-    require(fits, op, "distances", f"[S, S] with S = {S}", list(distances.shape))
+    check_tensor(op, "distances", distances, "S, S", (S, S))
+    distances = distances.double().cpu()
+    spoilt = int((~distances.isfinite()).sum())
+    remedy = "leave out checkpoints whose predictions are not finite"
+    require(spoilt == 0, op, "distances", "finite", f"{spoilt} that are not", remedy)
     try:
         from sklearn.manifold import TSNE
         from threadpoolctl import threadpool_limits  # which scikit-learn brings
@@ -197,7 +201,6 @@ def tsne(
         raise ImportError(
             f"tsne: scikit-learn must be installed; got {error}; pip install 'landscape-fast[plot]'"
         ) from error
-    distances = distances.double().cpu()
     start = _principal(distances)
     start = start / start[:, 0].std(correction=0).clamp(min=1e-300) * 1e-4  # as scikit-learn's own
     embedding = TSNE(
@@ -288,7 +291,7 @@ def _centred(logits: Tensor) -> Tensor:
     p -= p.amax(1, keepdim=True)
     p.exp_()
     p /= p.sum(1, keepdim=True)
-    return p.sub_(p.mean(0))
+    return p.sub_(p.mean(0).nan_to_num_())  # a diverged checkpoint must not spoil the others
 
 
 def _principal(distances: Tensor) -> Tensor:

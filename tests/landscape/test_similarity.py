@@ -76,6 +76,18 @@ def test_same_functions_are_no_distance_apart():
     assert function_distances(logits)[0, 2] == 0
 
 
+def test_a_diverged_checkpoint_spoils_its_own_distances_alone():
+    logits = two_runs()
+    truth = function_distances(logits)
+    logits[3, 2] = float("nan")
+    found = function_distances(logits)
+    others = torch.arange(10) != 3
+    torch.testing.assert_close(found[others][:, others], truth[others][:, others])
+    assert bool(found[3, others].isnan().all()) and bool(found[others, 3].isnan().all())
+    with pytest.raises(ValueError, match="tsne: distances must be finite; got 18 that are not"):
+        tsne(logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_distances_of_short_logits_are_those_of_their_values(dtype):
     logits = two_runs().to(dtype)
