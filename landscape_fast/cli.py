@@ -130,6 +130,13 @@ def _add_train(commands) -> None:
         default="deep",
         help="how to train; all: compare the three (default: deep)",
     )
+    parser.add_argument(
+        "--keep-every",
+        type=count,
+        metavar="N",
+        help="also keep the weights before training, after every N-th epoch and the last, for the "
+        "trajectories of `landscape` (default: keep none)",
+    )
     _add_members(parser)
     add_common(parser)
     _add_factors(add_training(parser))

@@ -55,7 +55,9 @@ def add_problem(parser: argparse.ArgumentParser, verb: str) -> None:
         default="digits",
         help="data set (default: digits, which needs no files)",
     )
-    parser.add_argument("--root", metavar="DIR", help="folder of the files of cifar10 or mnist")
+    parser.add_argument(
+        "--root", metavar="DIR", help="folder of the data files, for all but digits"
+    )
     parser.add_argument(
         "--model",
         choices=MODELS,
@@ -75,14 +77,6 @@ def add_problem(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out"
     )
-    if verb == "METHOD":  # of `train`, whose networks each have a way of their own
-        parser.add_argument(
-            "--keep-every",
-            type=count,
-            metavar="N",
-            help="also keep the weights before training, after every N-th epoch and the last, for "
-            "the trajectories of `landscape` (default: keep none)",
-        )
 
 
 def add_training(parser: argparse.ArgumentParser):
