@@ -9,9 +9,11 @@ from torch import Tensor
 from landscape_fast.metrics._torchmetrics import SumsMetric
 from landscape_fast.metrics.diversity import off_diagonal_mean
 from landscape_fast.metrics.members import variation_ratio
-from landscape_fast.metrics.streaming import DivergenceAccumulator, SummaryAccumulator
+from landscape_fast.metrics.streaming import summary_of
 from landscape_fast.ops import divergence_sums, summary_sums
-from landscape_fast.ops._checks import check_tensor
+from landscape_fast.ops._checks import check_tensor, require
+from landscape_fast.ops.ensemble_summary import check_bins
+from landscape_fast.ops.pairwise_divergence import KINDS
 
 
 class EnsembleSummaryMetric(SumsMetric):
@@ -46,7 +48,7 @@ class EnsembleSummaryMetric(SumsMetric):
         self.check_members(members)
         self.members, self.bins, self.ignore_index = members, bins, ignore_index
         self.per_member = per_member
-        SummaryAccumulator(bins, ignore_index)  # its rules are ours
+        check_bins(self.op, bins)
         self.sums_name = f"sums_without_{ignore_index}"
         self.add_sums(self.sums_name, (members + 1) * (3 + bins) + 3)
 
@@ -58,10 +60,7 @@ class EnsembleSummaryMetric(SumsMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """The fields of `EnsembleSummary`, in float64."""
-        found = SummaryAccumulator(self.bins, self.ignore_index)
-        sums = {"sums": getattr(self, self.sums_name)}
-        found.load_state_dict(found.state_dict() | {"sums": sums})
-        values = found.compute()._asdict()
+        values = summary_of(getattr(self, self.sums_name), self.bins)._asdict()
         if self.per_member:
             return values
         return {name: value.mean() for name, value in values.items()}
@@ -88,7 +87,7 @@ class PairwiseDivergenceMetric(SumsMetric):
         super().__init__(**kwargs)
         self.check_members(members)
         self.members, self.kind = members, kind
-        DivergenceAccumulator((kind,))  # its rules are ours
+        require(kind in KINDS, self.op, "kind", "'js', 'kl' or 'disagreement'", repr(kind))
         self.sums_name = f"{kind}_sums"
         self.add_sums(self.sums_name, members, members)
         self.add_sums("examples")

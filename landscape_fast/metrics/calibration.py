@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from landscape_fast.metrics.reliability import BinSums, bin_sums, check_predictions, top_sums
+from landscape_fast.metrics.reliability import bin_sums, check_predictions, top_sums
 from landscape_fast.ops._checks import require
 
 NORMS = ("l1", "l2", "max")
@@ -29,7 +29,8 @@ def calibration_error(
     Args:
         probabilities: [N, C] predicted distributions, of an ensemble its mean over members. N and
             C at least 1.
-        targets: [N] true classes. A class that is not in [0, C) counts as never predicted.
+        targets: [N] integers, the true classes. A class that is not in [0, C) counts as never
+            predicted.
         bins: how many, each open below and closed above.
         norm: "l1" is the expected calibration error, "max" the maximum calibration error, "l2" the
             root mean square one. Empty bins count in none of them.
@@ -40,7 +41,9 @@ def calibration_error(
         NaN if a probability is.
 
     Raises:
-        ValueError: if shapes disagree, there are no rows, or `bins` or `norm` is unknown.
+        TypeError: if an argument is not a tensor.
+        ValueError: if shapes, dtypes or devices are not as said, there are no rows, or `bins` or
+            `norm` is unknown.
 
     Cost: one read, a search among the bins, and for `equal_mass` a sort. No host synchronisation.
         Differentiable through the confidences; labels and bins are constant.
@@ -56,7 +59,8 @@ def calibration_error(
     op = "calibration_error"
     require(norm in NORMS, op, "norm", "'l1', 'l2' or 'max'", repr(norm))
     check_predictions(op, probabilities, targets, bins)
-    return error_of(top_sums(probabilities, targets, bins, equal_mass), norm)[0]
+    _, *sums = top_sums(probabilities, targets, bins, equal_mass)
+    return error_of(*sums, norm)[0]
 
 
 def adaptive_ece(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Tensor:
@@ -71,7 +75,7 @@ def adaptive_ece(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Tens
         0-dim float64, a fraction.
 
     Raises:
-        ValueError: as `calibration_error`.
+        TypeError, ValueError: as `calibration_error`.
 
     Cost: that of `calibration_error`. Differentiable through the confidences.
 
@@ -101,7 +105,7 @@ def mce(
         0-dim float64, a fraction.
 
     Raises:
-        ValueError: as `calibration_error`.
+        TypeError, ValueError: as `calibration_error`.
 
     Cost: that of `calibration_error`. Differentiable through the confidences.
 
@@ -135,7 +139,7 @@ def classwise_ece(
         0-dim float64, a fraction. NaN if a probability is.
 
     Raises:
-        ValueError: if shapes disagree, there are no rows, or `bins` is below 1.
+        TypeError, ValueError: as `calibration_error`.
 
     Cost: N * C entries searched among the bins, some columns at a time; for `equal_mass` sorted.
         No host synchronisation. Differentiable through the probabilities.
@@ -167,9 +171,9 @@ def classwise_gaps(
     return torch.cat(found)
 
 
-def error_of(sums: BinSums, norm: str) -> Tensor:
-    """[A], the calibration error of sums over the rows of bins, of one batch or of many."""
-    gaps, counts = (sums.right - sums.confidence).abs(), sums.counts
+def error_of(counts: Tensor, right: Tensor, confidence: Tensor, norm: str) -> Tensor:
+    """[...], the calibration error of `BinSums` [..., bins], of one batch or of many."""
+    gaps = (right - confidence).abs()
     rows = counts.sum(-1)
     if norm == "l1":
         return gaps.sum(-1) / rows

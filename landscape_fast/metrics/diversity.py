@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast.ops import ensemble_summary, pairwise_divergence
-from landscape_fast.ops._checks import require
+from landscape_fast.ops._checks import check_tensor, require
 
 # Disagreement per error below which members are called nearly identical. Independent networks lie
 # well above 0.5 (Fort et al.); at a tenth, averaging changes the prediction on hardly any row.
@@ -66,7 +66,8 @@ def off_diagonal_mean(matrix: Tensor) -> Tensor:
         0-dim, of the dtype of the matrix, over the entries [i, j] with i != j. nan for M = 1.
 
     Raises:
-        RuntimeError: if the matrix is not square, from PyTorch.
+        TypeError: if `matrix` is not a tensor.
+        ValueError: if it is not square, or not of floats.
 
     Cost: M * M elements. No host synchronisation. Differentiable.
 
@@ -76,7 +77,10 @@ def off_diagonal_mean(matrix: Tensor) -> Tensor:
         >>> off_diagonal_mean(torch.tensor([[9.0, 0.5], [0.25, 9.0]]))
         tensor(0.3750)
     """
+    op = "off_diagonal_mean"
+    check_tensor(op, "matrix", matrix, "M, M", (None, None))
     members = matrix.shape[0]
+    require(matrix.shape[1] == members, op, "matrix", "[M, M]", list(matrix.shape))
     same = torch.eye(members, dtype=torch.bool, device=matrix.device)
     return matrix.masked_fill(same, 0).sum() / (members * (members - 1))
 
@@ -130,8 +134,11 @@ def diagnose(logits: Tensor, targets: Tensor) -> Diagnosis:
     (arXiv:2601.16936).
 
     Args:
-        logits: [M, N, C] with M at least 2.
-        targets: [N] true classes.
+        logits: [M, N, C] with M at least 2 and N at least 1.
+        targets: [N] int64, the true classes.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `ops.ensemble_summary`, or if M or N is too small.
 
     Example:
         >>> logits = torch.tensor([[[9.0, 0.0], [0.0, 9.0]], [[9.0, 0.0], [2.0, 0.0]]])
@@ -141,10 +148,10 @@ def diagnose(logits: Tensor, targets: Tensor) -> Diagnosis:
         ensemble against mean member: accuracy 100.00% (+25.00%), NLL 0.2904 (-0.2414) nats
     """
     require(
-        logits.ndim == 3 and logits.shape[0] >= 2,
+        logits.ndim == 3 and logits.shape[0] >= 2 and logits.shape[1] >= 1,
         "diagnose",
         "logits",
-        "[M, N, C] with M at least 2",
+        "[M, N, C] with M at least 2 and N at least 1",
         list(logits.shape),
     )
     pairs, summary = pair_diversity(logits), ensemble_summary(logits, targets)

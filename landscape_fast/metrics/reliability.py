@@ -4,8 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from landscape_fast.ops._checks import LOW, require, whole
+from landscape_fast.ops._checks import LOW, check_tensor, check_types, require, whole
+from landscape_fast.ops.ensemble_summary import inner_edges
+from landscape_fast.ops.pairwise_divergence import LABELS
 
 
 class ReliabilityBins(NamedTuple):
@@ -48,7 +51,7 @@ def reliability_bins(
 
     Args:
         probabilities: [N, C] predicted distributions, of an ensemble its mean over members.
-        targets: [N] true classes.
+        targets: [N] integers, the true classes.
         bins: how many, each open below and closed above.
         equal_mass: False for bins of equal width on [0, 1]. True for bins of N / bins rows: bin b
             ends at the confidence of rank ceil((b + 1) N / bins). Rows of equal confidence share a
@@ -58,7 +61,9 @@ def reliability_bins(
         `ReliabilityBins`.
 
     Raises:
-        ValueError: if the shapes disagree, there are no rows, or `bins` is below 1.
+        TypeError: if an argument is not a tensor.
+        ValueError: if shapes, dtypes or devices are not as said, there are no rows, or `bins` is
+            below 1.
 
     Cost: one read, a search among the bins, and for `equal_mass` a sort. No host synchronisation.
         Differentiable through the confidences; labels and bins are constant.
@@ -81,11 +86,15 @@ def reliability_bins(
 
 def check_predictions(op: str, probabilities: Tensor, targets: Tensor, bins: int = 1) -> None:
     """The rules of everything that takes [N, C] probabilities, [N] classes and a number of bins."""
+    given = {"probabilities": probabilities, "targets": targets}
+    check_types(op, given, list(given))
     shape = list(probabilities.shape)
     good = len(shape) == 2 and min(shape) >= 1
     require(good, op, "probabilities", "[N, C] with N and C at least 1", shape)
-    rule = f"[N] with N = {shape[0]}"
-    require(list(targets.shape) == shape[:1], op, "targets", rule, list(targets.shape))
+    check_tensor(op, "probabilities", probabilities, "N, C", (None, None))
+    check_tensor(op, "targets", targets, "N", (shape[0],), dtypes=LABELS)
+    on_device = f"on the device of probabilities, {probabilities.device}"
+    require(targets.device == probabilities.device, op, "targets", on_device, str(targets.device))
     require(whole(bins, 1), op, "bins", "an integer of at least 1", bins)
 
 
@@ -108,16 +117,17 @@ def bin_sums(confidence: Tensor, right: Tensor, bins: int, equal_mass: bool = Fa
         confidence = confidence.float()
     confidence = confidence.contiguous()
     device = confidence.device
-    edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=device).repeat(A, 1)
     if equal_mass:
         ends = torch.arange(1, bins, device=device) * N
-        edges[:, 1:-1] = confidence.sort(1).values[:, (ends + bins - 1) // bins - 1]
+        inner = confidence.detach().sort(1).values[:, (ends + bins - 1) // bins - 1]
+    else:
+        inner = inner_edges(confidence, bins).repeat(A, 1)
     # rounding of a softmax can exceed 1; a confidence of 0 belongs to the first bin
-    inner = edges[:, 1:-1].contiguous()
     index = torch.searchsorted(inner, confidence)
     index = (index + torch.arange(0, A * bins, bins, device=device)[:, None]).flatten()
     none = torch.zeros(A * bins, dtype=torch.float64, device=device)
     counts = none.long().index_add(0, index, torch.ones_like(index))
     hits = none.index_add(0, index, right.flatten().double())
     total = none.index_add(0, index, confidence.flatten().double())
+    edges = pad(pad(inner, (1, 0)), (0, 1), value=1.0)
     return BinSums(edges, *(t.view(A, bins) for t in (counts, hits, total)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from landscape_fast.ops import EnsembleSummary, divergence_sums, summary_sums
 from landscape_fast.ops._checks import message, require
 from landscape_fast.ops._divergence_sums import check_kinds
-from landscape_fast.ops.ensemble_summary import MOST_BINS
+from landscape_fast.ops.ensemble_summary import check_bins
 
 
 class _Accumulator:
@@ -119,10 +119,10 @@ class _Accumulator:
 class DivergenceAccumulator(_Accumulator):
     """`pairwise_divergence` of M members over any number of batches.
 
-    Counts are exact, and so is merging them. Divergences are added in float64; the result does not
-    depend on how examples were cut into batches beyond float64 rounding if the batches hold a
-    multiple of 32 examples, or the logits 64 classes or more, and beyond the 1e-8 nats of a float32
-    sum otherwise (see `landscape_fast.ops.divergence_sums`).
+    Counts are exact, and so is merging them. Divergences are added in float64; how examples were
+    cut into batches shows only in float64 rounding if the batches hold a multiple of 32 examples,
+    or the logits 64 classes or more, and otherwise in the rounding of float32 sums, about 1e-7 of
+    the value (see `landscape_fast.ops.divergence_sums`).
 
     Args:
         kinds: of "js", "kl" and "disagreement", each at most once.
@@ -197,8 +197,7 @@ class SummaryAccumulator(_Accumulator):
     """
 
     def __init__(self, bins: int = 15, ignore_index: int = -100):
-        good = isinstance(bins, int) and 1 <= bins <= MOST_BINS
-        require(good, type(self).__name__, "bins", f"an integer in [1, {MOST_BINS}]", bins)
+        check_bins(type(self).__name__, bins)
         super().__init__({"bins": bins, "ignore_index": ignore_index})
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
@@ -216,10 +215,14 @@ class SummaryAccumulator(_Accumulator):
 
     def compute(self) -> EnsembleSummary:
         """The summary of all examples added, in float64; NaN where none counted."""
-        sums = self._total()["sums"]
-        rows = sums[:-3].reshape(-1, 3 + self._settings["bins"])
-        examples, entropy, information = sums[-3:]
-        ece = rows[:, 3:].abs().sum(1, keepdim=True)
-        scores = (torch.cat([rows[:, :3], ece], 1) / examples).T  # [4, M + 1]
-        together = *scores[:, -1], entropy / examples, information / examples
-        return EnsembleSummary(*scores[:, :-1], *together)
+        return summary_of(self._total()["sums"], self._settings["bins"])
+
+
+def summary_of(sums: Tensor, bins: int) -> EnsembleSummary:
+    """The summary, in float64, of examples with these `summary_sums`."""
+    rows = sums[:-3].reshape(-1, 3 + bins)
+    examples, entropy, information = sums[-3:]
+    ece = rows[:, 3:].abs().sum(1, keepdim=True)
+    scores = (torch.cat([rows[:, :3], ece], 1) / examples).T  # [4, M + 1]
+    together = *scores[:, -1], entropy / examples, information / examples
+    return EnsembleSummary(*scores[:, :-1], *together)

@@ -19,7 +19,7 @@ from landscape_fast.metrics._torchmetrics_members import (
 )
 from landscape_fast.metrics.calibration import NORMS, classwise_gaps, error_of
 from landscape_fast.metrics.detection import figures_of
-from landscape_fast.metrics.reliability import BinSums, bin_sums, check_predictions, top_sums
+from landscape_fast.metrics.reliability import bin_sums, check_predictions, top_sums
 from landscape_fast.metrics.selective import risk_coverage
 from landscape_fast.ops._checks import check_tensor, require, whole
 
@@ -68,7 +68,7 @@ class CalibrationError(SumsMetric):
 
     def compute(self) -> Tensor:
         """0-dim float64, a fraction."""
-        return error_of(BinSums(self.sums[0], *self.sums), self.norm)
+        return error_of(*self.sums, self.norm)
 
 
 class MaximumCalibrationError(CalibrationError):
@@ -154,7 +154,8 @@ class AdaptiveCalibrationError(RowsMetric):
         self.add_rows(confidence, labels == targets)
 
     def figures(self, scores: Tensor, marks: Tensor) -> Tensor:
-        return error_of(bin_sums(scores[None], marks[None], self.bins, True), self.norm)[0]
+        _, *sums = bin_sums(scores[None], marks[None], self.bins, True)
+        return error_of(*sums, self.norm)[0]
 
 
 class SelectivePrediction(RowsMetric):

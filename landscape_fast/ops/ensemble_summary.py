@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast import _extension
-from landscape_fast.ops._checks import check_tensor, message, require
+from landscape_fast.ops._checks import check_tensor, message, require, whole
 from landscape_fast.ops._compiled import launch_cuda, logits_arguments
 from landscape_fast.ops._dispatch import KERNEL_DTYPES, declare, pick, transforming, wants_grad
 from landscape_fast.ops._library import define
@@ -173,7 +173,12 @@ def check(op: str, logits: Tensor, targets: Tensor, bins: int) -> None:
     check_tensor(op, "targets", targets, "N", (N,), dtypes=(torch.int64,))
     on_device = f"on the device of logits, {logits.device}"
     require(targets.device == logits.device, op, "targets", on_device, str(targets.device))
-    good = isinstance(bins, int) and 1 <= bins <= MOST_BINS
+    check_bins(op, bins)
+
+
+def check_bins(op: str, bins: int) -> None:
+    """ValueError unless a calibration histogram can have so many bins."""
+    good = whole(bins, 1) and bins <= MOST_BINS
     require(good, op, "bins", f"an integer in [1, {MOST_BINS}]", bins)
 
 
@@ -184,10 +189,15 @@ def _ln(p: Tensor) -> Tensor:
 
 def _in_bins(confidence: Tensor, bins: int) -> Tensor:
     """[M, bins, N] of [M, N]: whether it is in (b / bins, (b + 1) / bins]; NaN in the last one."""
-    inner = torch.arange(1, bins, dtype=confidence.dtype, device=confidence.device)
-    inner = inner / torch.full_like(inner, bins)  # rounded once; a Python divisor may be inverted
-    passed = (~(confidence[:, None] <= inner[:, None])).sum(1, keepdim=True)
+    inner = inner_edges(confidence, bins)[:, None]
+    passed = (~(confidence[:, None] <= inner)).sum(1, keepdim=True)
     return passed == torch.arange(bins, device=confidence.device)[:, None]
+
+
+def inner_edges(like: Tensor, bins: int) -> Tensor:
+    """[bins - 1] of the dtype and device of `like`: b / bins, where two bins meet."""
+    inner = torch.arange(1, bins, dtype=like.dtype, device=like.device)
+    return inner / torch.full_like(inner, bins)  # rounded once; a Python divisor may be inverted
 
 
 def _raises_here(targets: Tensor) -> bool:

@@ -21,6 +21,9 @@ def test_pairs_leave_the_diagonal_out():
     # where labels differ, confident predictions are almost log 2 apart
     torch.testing.assert_close(pairs.js, expected * math.log(2), rtol=0.02, atol=1e-6)
     assert math.isnan(off_diagonal_mean(torch.zeros(1, 1)))
+    for shape in ((2, 1), (1, 3), (2, 3)):
+        with pytest.raises(ValueError, match=r"^off_diagonal_mean: matrix must be \[M, M\]; got"):
+            off_diagonal_mean(torch.zeros(shape))
 
 
 def make_members(errors, classes=5, rows=1000):
@@ -97,3 +100,8 @@ def test_members_without_any_error():
 def test_one_member_has_no_diversity():
     with pytest.raises(ValueError, match=r"diagnose: logits must be \[M, N, C\] with M at least 2"):
         diagnose(torch.zeros(1, 4, 3), torch.zeros(4, dtype=torch.int64))
+
+
+def test_without_rows_there_is_nothing_to_say():
+    with pytest.raises(ValueError, match=r"and N at least 1; got \[2, 0, 3\]"):
+        diagnose(torch.zeros(2, 0, 3), torch.zeros(0, dtype=torch.int64))

@@ -31,6 +31,17 @@ def test_the_ece_is_that_of_ensemble_summary(bins):
     torch.testing.assert_close(weighted, summary.accuracy)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bins", [7, 15, 20])
+def test_confidences_on_edges_close_their_bins(bins, dtype):
+    """Edges are b / bins, rounded once; steps that add up, as of linspace, miss some of them."""
+    confidence = (torch.arange(1, bins + 1, dtype=torch.float64) / bins).to(dtype)
+    p = torch.stack([confidence, torch.zeros_like(confidence)], 1)
+    found = reliability_bins(p, torch.zeros(bins, dtype=torch.int64), bins)
+    assert found.counts.tolist() == [1] * bins
+    assert torch.equal(found.edges[1:], confidence.double()) and found.edges[0] == 0
+
+
 def test_certain_predictions_are_in_the_last_bin():
     p = torch.eye(3)[[0, 1, 2, 0]] * (1 + 1e-6)  # rounding may exceed 1
     found = reliability_bins(p, torch.tensor([0, 1, 2, 0]), bins=15)
@@ -45,8 +56,20 @@ def test_certain_predictions_are_in_the_last_bin():
         (torch.ones(3, 2), torch.zeros(2), 15, r"targets must be \[N\] with N = 3; got \[2\]"),
         (torch.ones(3, 2), torch.zeros(3), 0, "bins must be an integer of at least 1; got 0"),
         (torch.ones(3, 2), torch.zeros(3), True, "bins must be an integer .*; got True"),
+        (torch.ones(3, 2).long(), torch.zeros(3), 15, "probabilities must be one of float32, .*64"),
+        (torch.ones(3, 2), torch.zeros(3, device="meta"), 15, "targets must be on the device of"),
     ],
 )
 def test_what_does_not_fit_is_refused(p, y, bins, message):
     with pytest.raises(ValueError, match=f"^reliability_bins: {message}"):
         reliability_bins(p, y.long(), bins)
+
+
+def test_targets_are_integers_and_all_are_tensors():
+    p = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="^reliability_bins: targets must be one of int64, int32"):
+        reliability_bins(p, torch.zeros(3))
+    with pytest.raises(TypeError, match="^reliability_bins: targets must be a Tensor; got list"):
+        reliability_bins(p, [0, 0, 0])
+    with pytest.raises(TypeError, match="^reliability_bins: probabilities must be a Tensor; got"):
+        reliability_bins(p.tolist(), torch.zeros(3).long())
