@@ -150,7 +150,7 @@ def init_shuffle_bars(
         rate, setting, repeat, disagreement.
 
     Raises:
-        ValueError: without a rate or setting, or if shapes disagree.
+        ValueError: without a rate, setting or repeat, or if shapes disagree.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figure S4.
 
@@ -167,6 +167,8 @@ def init_shuffle_bars(
         value = numbers(value)
         value = value[:, None] if value.ndim == 1 else value
         found[name] = checked(value, op, f"disagreement of {name!r}", "L, n", count, None)
+        some = found[name].shape[1] >= 1
+        require(some, op, f"disagreement of {name!r}", "of at least one repeat", "none")
     label = "Disagreement (% of rows)"
     bars = {name: [100 * row for row in value] for name, value in found.items()}
     names = [f"{float(rate):g}" for rate in rates]
@@ -194,7 +196,7 @@ def cycle_comparison(
         repeat from group to group. `rows`: panel, group, repeat, disagreement.
 
     Raises:
-        ValueError: without a panel or group, or if the numbers of repeats disagree.
+        ValueError: without a panel, group or repeat, or if the numbers of repeats disagree.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figure S5.
 
@@ -210,6 +212,7 @@ def cycle_comparison(
     for panel, groups in disagreement.items():
         require(len(groups) >= 1, op, f"panel {panel!r}", "of at least one group", "none")
         repeats = len(next(iter(groups.values())))
+        require(repeats >= 1, op, f"panel {panel!r}", "of at least one repeat", "none")
         panels[panel] = {
             name: checked(value, op, f"group {name!r}", "n", repeats)
             for name, value in groups.items()
@@ -303,10 +306,11 @@ def _grouped_bars(panels, groups: Sequence[str], keys: tuple, xlabel: str, title
                         fontsize=8, rotation=90 if crowded else 0,
                     )  # fmt: skip
             rows += [
-                {"quantity": label, keys[0]: group, keys[1]: name, "value": mean, "spread": spread}
+                {"quantity": label, keys[0]: group, keys[1]: name, "value": mean,
+                 "spread": spread if np.isfinite(spread) else None}
                 for group, mean, spread in zip(groups, means, spreads, strict=True)
                 if np.isfinite(mean)
-            ]
+            ]  # fmt: skip
         axis.set_xticks(range(len(groups)), groups)
         axis.margins(y=0.2 if crowded else 0.12)
         axis.set_ylim(bottom=0)

@@ -87,7 +87,7 @@ def out_of_distribution(
             another argument breaks its rule.
 
     Cost: one call of `predict` (or of each) per set of inputs and batch; for every method one
-        `summary_sums`, two `divergence_sums` and the scores.
+        `summary_sums`, one `divergence_sums` of two kinds and the scores.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), section 5: for SVHN a divergence of .384 nats among
         independent networks of CIFAR-10, .153 within a trajectory, .155 in a random subspace, .087

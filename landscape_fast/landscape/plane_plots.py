@@ -23,14 +23,12 @@ from landscape_fast.landscape._figure import (
     styled,
     with_rows,
 )
-from landscape_fast.landscape.tunnel_plots import curvature_panel, tunnel_panels
 from landscape_fast.ops._checks import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curvature_panel", "plane_panels", "tunnel_panels", "wedge_panels"]
 _LEVELS = 21
 _PINK = "#F4B6D2"  # light: it stands out from both ends of viridis and cividis under a dark rim
 

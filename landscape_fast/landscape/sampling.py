@@ -40,7 +40,7 @@ class Accepted(NamedTuple):
     """The S samples that were accurate enough, in the order of their numbers; S may be 0.
 
     Attributes:
-        weights: [S, P] on the device of the model.
+        weights: [S, P] on the device of the sampler.
         scale: [S] float64 on the CPU, with which each was drawn; so are the next three.
         accuracy: [S], fraction.
         sample: [S] int64, which of the samples asked for each one is.

@@ -97,8 +97,9 @@ def under_shift(
         ValueError: if methods have different numbers of members and `equal_members` is None, or
             another argument breaks its rule.
 
-    Cost: one call of `predict` (or of each) per shift and batch; one `summary_sums` and two
-        `divergence_sums` of every method. With a `batch_size`, the logits of one batch are held.
+    Cost: one call of `predict` (or of each) per shift and batch; one `summary_sums` and one
+        `divergence_sums` of two kinds of every method. With a `batch_size`, the logits of one batch
+        are held.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figures 9 and 10; Hendrycks and Dietterich 2019
         (arXiv:1903.12261) for the severities.

@@ -54,7 +54,7 @@ def tunnel_panels(
         first path, the solutions 1 and 2. `rows`: quantity, path, position, value.
 
     Raises:
-        ValueError: without a panel or path, or if lengths disagree.
+        ValueError: without a panel, path or point, or if lengths disagree.
 
     Source: Fort et al. 2019 (arXiv:1912.02757), figure S2.
 
@@ -66,8 +66,9 @@ def tunnel_panels(
     """
     op = "tunnel_panels"
     require(len(panels) >= 1, op, "panels", "of at least one quantity", "none")
+    for quantity, paths in panels.items():
+        require(len(paths) >= 1, op, f"panels[{quantity!r}]", "of at least one path", "none")
     styles = series_styles(name for paths in panels.values() for name in paths)
-    require(len(styles) >= 1, op, "panels", "of at least one path", "none")
     nodes = [] if nodes is None else checked(nodes, op, "nodes", "T", None).tolist()
     width = max(4.4 * len(panels), 5.6)
     height = 3.6 + legend_height([*styles, "nodes"], width) + (0.3 if title else 0)
@@ -77,6 +78,7 @@ def tunnel_panels(
     for axis, (quantity, paths) in zip(axes, panels.items(), strict=True):
         for name, (positions, values) in paths.items():
             at = checked(positions, op, f"positions of {name!r}", "S", None)
+            require(len(at) >= 1, op, f"positions of {name!r}", "of at least one point", "none")
             value = checked(values, op, f"values of {name!r}", "S", len(at))
             step = max(1, len(at) // 20)
             style = {**styles[name], "markersize": 4, "markevery": step, "lw": 1.6}

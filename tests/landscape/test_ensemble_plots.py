@@ -112,6 +112,7 @@ class TestOodBars:
         assert len(rows) == 6 and rows[2] == {
             "quantity": "JS (nats)", "data": "SVHN", "method": "random", "value": 0.155,
             "spread": 0.01}  # fmt: skip
+        assert rows[0]["spread"] is None  # an empty cell of the CSV
 
     @pytest.mark.parametrize(
         ("panels", "match"),
@@ -156,6 +157,7 @@ class TestInitShuffleBars:
             ([], {"a": torch.ones(0)}, "rates must be of at least one learning rate; got none"),
             ([1], {}, "disagreement must be of at least one setting; got none"),
             ([1], {"a": torch.ones(2)}, r"of 'a' must be \[L, n\] with L = 1; got \[2, 1\]"),
+            ([1], {"a": torch.ones(1, 0)}, r"of 'a' must be of at least one repeat; got none"),
         ],
     )
     def test_what_does_not_fit(self, rates, found, match):
@@ -196,6 +198,7 @@ class TestCycleComparison:
         [
             ({}, "disagreement must be of at least one panel; got none"),
             ({"a": {}}, "panel 'a' must be of at least one group; got none"),
+            ({"a": {"b": torch.ones(0)}}, "panel 'a' must be of at least one repeat; got none"),
             ({"a": {"b": torch.ones(2), "c": torch.ones(3)}},
              r"group 'c' must be \[n\] with n = 2; got \[3\]"),
         ],

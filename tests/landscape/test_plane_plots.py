@@ -218,7 +218,9 @@ class TestTunnelPanels:
         ("panels", "match"),
         [
             ({}, "panels must be of at least one quantity; got none"),
-            ({"a": {}}, "panels must be of at least one path; got none"),
+            ({"a": {}}, r"panels\['a'\] must be of at least one path; got none"),
+            ({"a": {"b": (T, T)}, "c": {}}, r"panels\['c'\] must be of at least one path"),
+            ({"a": {"b": ([], [])}}, "positions of 'b' must be of at least one point; got none"),
             ({"a": {"b": (T, T[:2])}}, r"values of 'b' must be \[S\] with S = 5; got \[2\]"),
         ],
     )
