@@ -8,8 +8,9 @@ from torch import Tensor
 
 from landscape_fast.metrics._torchmetrics import SumsMetric
 from landscape_fast.metrics.diversity import off_diagonal_mean
-from landscape_fast.metrics.members import variation_ratio
+from landscape_fast.metrics.members import prediction_products, variation_ratio
 from landscape_fast.metrics.streaming import summary_of
+from landscape_fast.nn.geometry import cosines
 from landscape_fast.ops import divergence_sums, summary_sums
 from landscape_fast.ops._checks import check_tensor, require
 from landscape_fast.ops.ensemble_summary import check_bins
@@ -124,6 +125,37 @@ class AveragePairwiseDiversity(PairwiseDivergenceMetric):
     def compute(self) -> Tensor:
         """0-dim float64."""
         return off_diagonal_mean(super().compute())
+
+
+class PredictionCosines(SumsMetric):
+    """`metrics.prediction_cosines` over all batches, [M, M].
+
+    Args:
+        members: M.
+        kwargs: of `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> metric = PredictionCosines(members=2)
+        >>> metric(torch.tensor([[[999.0, 0.0]], [[0.0, 0.0]]]))
+        tensor([[1.0000, 0.7071],
+                [0.7071, 1.0000]], dtype=torch.float64)
+    """
+
+    def __init__(self, members: int, **kwargs):
+        super().__init__(**kwargs)
+        self.check_members(members)
+        self.members = members
+        self.add_sums("products", members, members)
+
+    def update(self, logits: Tensor) -> None:
+        """Adds logits [M, N, C], N at least 1."""
+        self.check_batch(logits)
+        self.add_to("products", prediction_products(self.op, logits.detach()))
+
+    def compute(self) -> Tensor:
+        """[M, M] float64."""
+        return cosines(self.products)
 
 
 class VariationRatio(SumsMetric):

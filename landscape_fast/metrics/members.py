@@ -77,7 +77,11 @@ def prediction_cosines(logits: Tensor) -> Tensor:
                 [0.0000, 1.0000, 0.7071],
                 [0.7071, 0.7071, 1.0000]], dtype=torch.float64)
     """
-    op = "prediction_cosines"
+    return cosines(prediction_products("prediction_cosines", logits))
+
+
+def prediction_products(op: str, logits: Tensor) -> Tensor:
+    """[S, S] float64, sums over n and c of p_inc p_jnc, which add up over batches of examples."""
     check_tensor(op, "logits", logits, "S, N, C", (None, None, None))
     S, N, C = logits.shape
     rule = "[S, N, C] with N and C at least 1"
@@ -86,7 +90,7 @@ def prediction_cosines(logits: Tensor) -> Tensor:
     for rows in logits.split(max(1, ENTRIES // max(1, S * C)), 1):
         x = rows.float() if rows.dtype in LOW else rows
         products = products + gram(x.softmax(-1).flatten(1))
-    return cosines(products)
+    return products
 
 
 def variation_ratio(labels: Tensor) -> Tensor:

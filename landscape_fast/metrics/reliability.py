@@ -79,9 +79,15 @@ def reliability_bins(
         tensor([1, 1, 1])
     """
     check_predictions("reliability_bins", probabilities, targets, bins)
-    edges, counts, right, total = (t[0] for t in top_sums(probabilities, targets, bins, equal_mass))
-    ece = (right - total).abs().sum() / counts.sum()
-    return ReliabilityBins(edges.double(), counts, right / counts, total / counts, ece)
+    return reliability_of(*(t[0] for t in top_sums(probabilities, targets, bins, equal_mass)))
+
+
+def reliability_of(
+    edges: Tensor, counts: Tensor, right: Tensor, confidence: Tensor
+) -> ReliabilityBins:
+    """The bins of one set of `BinSums`, of one batch or of many."""
+    ece = (right - confidence).abs().sum() / counts.sum()
+    return ReliabilityBins(edges.double(), counts, right / counts, confidence / counts, ece)
 
 
 def check_predictions(op: str, probabilities: Tensor, targets: Tensor, bins: int = 1) -> None:
@@ -129,5 +135,9 @@ def bin_sums(confidence: Tensor, right: Tensor, bins: int, equal_mass: bool = Fa
     counts = none.long().index_add(0, index, torch.ones_like(index))
     hits = none.index_add(0, index, right.flatten().double())
     total = none.index_add(0, index, confidence.flatten().double())
-    edges = pad(pad(inner, (1, 0)), (0, 1), value=1.0)
-    return BinSums(edges, *(t.view(A, bins) for t in (counts, hits, total)))
+    return BinSums(with_ends(inner), *(t.view(A, bins) for t in (counts, hits, total)))
+
+
+def with_ends(inner: Tensor) -> Tensor:
+    """[..., bins - 1] edges between bins -> [..., bins + 1], from 0 to 1."""
+    return pad(pad(inner, (1, 0)), (0, 1), value=1.0)

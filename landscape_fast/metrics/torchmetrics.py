@@ -2,8 +2,8 @@
 
 Needs `pip install 'landscape-fast[metrics]'`. Sums are kept where a measure is made of sums, all
 scores where it needs their order. Both are float64, on the device of the metric, and stay float64
-when a module that holds the metric is cast to another dtype. Every `compute` returns NaN before the
-first update. In a `MetricCollection`, call `update` with keywords, `logits=`, `probabilities=`,
+when a module that holds the metric is cast to another dtype. Every measure is NaN before the first
+update. In a `MetricCollection`, call `update` with keywords, `logits=`, `probabilities=`,
 `targets=` and so on: each metric takes those that it knows.
 """
 
@@ -15,13 +15,21 @@ from landscape_fast.metrics._torchmetrics_members import (
     AveragePairwiseDiversity,
     EnsembleSummaryMetric,
     PairwiseDivergenceMetric,
+    PredictionCosines,
     VariationRatio,
 )
 from landscape_fast.metrics.calibration import NORMS, classwise_gaps, error_of
 from landscape_fast.metrics.detection import figures_of
-from landscape_fast.metrics.reliability import bin_sums, check_predictions, top_sums
+from landscape_fast.metrics.reliability import (
+    bin_sums,
+    check_predictions,
+    reliability_of,
+    top_sums,
+    with_ends,
+)
 from landscape_fast.metrics.selective import risk_coverage
 from landscape_fast.ops._checks import check_tensor, require, whole
+from landscape_fast.ops.ensemble_summary import inner_edges
 
 __all__ = [
     "AdaptiveCalibrationError",
@@ -32,6 +40,8 @@ __all__ = [
     "MaximumCalibrationError",
     "OodDetectionMetric",
     "PairwiseDivergenceMetric",
+    "PredictionCosines",
+    "ReliabilityBinsMetric",
     "SelectivePrediction",
     "VariationRatio",
 ]
@@ -86,6 +96,31 @@ class MaximumCalibrationError(CalibrationError):
 
     def __init__(self, bins: int = 15, **kwargs):
         super().__init__(bins, "max", **kwargs)
+
+
+class ReliabilityBinsMetric(CalibrationError):
+    """`metrics.reliability_bins` over all batches, for bins of equal width: a dict of its fields.
+
+    Args:
+        bins: how many.
+        kwargs: of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = ReliabilityBinsMetric(bins=2)
+        >>> metric(torch.tensor([[0.75, 0.25], [0.375, 0.625]]), torch.tensor([0, 0]))["accuracy"]
+        tensor([   nan, 0.5000], dtype=torch.float64)
+    """
+
+    higher_is_better = None
+
+    def __init__(self, bins: int = 15, **kwargs):
+        super().__init__(bins, **kwargs)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The fields of `ReliabilityBins`; without rows all but the edges and counts are NaN."""
+        counts, right, confidence = self.sums
+        edges = with_ends(inner_edges(counts, self.bins))
+        return reliability_of(edges, counts.long(), right, confidence)._asdict()
 
 
 class ClasswiseCalibrationError(SumsMetric):

@@ -71,6 +71,10 @@ CASES = {
         lambda: ours.AveragePairwiseDiversity(3),
         lambda x: metrics.average_pairwise_diversity(x["logits"].double()),
     ),
+    "cosines": (
+        lambda: ours.PredictionCosines(3),
+        lambda x: metrics.prediction_cosines(x["logits"]),
+    ),
     "ratio": (
         ours.VariationRatio,
         lambda x: metrics.variation_ratio(x["logits"].argmax(-1)).mean(),
@@ -87,6 +91,10 @@ CASES = {
     "mce": (
         ours.MaximumCalibrationError,
         lambda x: metrics.mce(x["probabilities"], x["targets"]),
+    ),
+    "reliability": (
+        lambda: ours.ReliabilityBinsMetric(2),  # both have rows
+        lambda x: metrics.reliability_bins(x["probabilities"], x["targets"], 2)._asdict(),
     ),
     "classwise": (
         lambda: ours.ClasswiseCalibrationError(4),
@@ -123,7 +131,8 @@ def assert_same(found, expected):
 
 
 def is_nan(found):
-    return all(v.isnan().all() for v in (found.values() if isinstance(found, dict) else [found]))
+    found = found if isinstance(found, dict) else {"value": found}
+    return all(v.isnan().all() for k, v in found.items() if k not in ("edges", "counts"))
 
 
 @every_metric
