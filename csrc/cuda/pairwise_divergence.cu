@@ -4,7 +4,7 @@
 // make it for the rows that they are about to use (the logits then come from HBM once), else
 // row_stats_kernel does. Then the tiles of pairs: JS takes a logarithm per pair and class, KL
 // differences of logarithms, which needs no centring, and an FMA in each direction; of more than a
-// few members it is a product on tensor cores (pairwise_kl.h).
+// few members it is a product on tensor cores (pairwise_divergence_kl.h).
 //
 // JS in cycles of a warp scheduler on an H200 (an estimate: instructions that nvcc 13.0 makes for
 // sm_90, of one dtype): for an element of 16 members about 1140 issued, while their 120 logarithms
@@ -15,7 +15,7 @@
 
 #include "cuda/labels.h"
 #include "cuda/pair_tiles.h"
-#include "cuda/pairwise_kl.h"
+#include "cuda/pairwise_divergence_kl.h"
 #include "cuda/quick.h"
 #include "cuda/row_stats.h"
 

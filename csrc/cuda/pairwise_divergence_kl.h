@@ -1,4 +1,4 @@
-// KL of many members on the tensor cores: pairwise_kl.cu.
+// KL of many members on the tensor cores: pairwise_divergence_kl.cu.
 #pragma once
 
 #include "api.h"

@@ -5,7 +5,7 @@
 // Bytes, for logits of 4: rows of 512 classes on are read from HBM once, 4 M N C; shorter ones too,
 // the second time from L2, since a group of examples is at most 96 KiB. The cross terms are at most
 // 264 * 8 * 128^2 bytes.
-#include "cuda/pairwise_kl.h"
+#include "cuda/pairwise_divergence_kl.h"
 
 #include <algorithm>
 
