@@ -226,7 +226,8 @@ def fit_correlated_family(
         accuracy: [S] fractions.
         disagreement: [S] fractions, from the reference, not normalised; not all 0, where every
             curve fits.
-        reference_accuracy: a*.
+        reference_accuracy: a*; at 0 or 1, where the reference has one kind of labels only, the
+            exponent says nothing.
         classes: C, at least 2.
 
     Returns:

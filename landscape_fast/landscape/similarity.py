@@ -152,7 +152,7 @@ def tsne(
         logits: [S, N, C] with S at least 4.
         perplexity: about how many neighbours count, at least 1 and below S. "auto": 30, as in the
             paper, or (S - 1) / 3 where there are fewer than 91 functions.
-        seed: of the random state.
+        seed: of the random state, below 2^32.
         distances: [S, S], what `function_distances(logits)` gave, to save computing them again.
 
     Returns:
@@ -180,7 +180,8 @@ def tsne(
     _check_logits(op, logits)
     S = logits.shape[0]
     require(S >= 4, op, "logits", "[S, N, C] with S at least 4", list(logits.shape))
-    require(whole(seed, 0), op, "seed", "an integer of at least 0", repr(seed))
+    rule = "an integer in [0, 2^32), as scikit-learn has it"
+    require(whole(seed, 0) and seed < 2**32, op, "seed", rule, repr(seed))
     if perplexity == "auto":
         perplexity = min(PERPLEXITY, (S - 1) / 3)
     number = isinstance(perplexity, (int, float)) and not isinstance(perplexity, bool)

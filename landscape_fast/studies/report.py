@@ -217,8 +217,8 @@ def save_figures(
         directory: made if it does not exist.
         figures: name of the files to the figure.
         data: name to the rows of its CSV; without any, the rows that the figure carries in its
-            attribute `rows`, as those of `landscape_fast.landscape` do. A figure with neither has
-            no CSV.
+            attribute `rows`, as the docstrings of `landscape_fast.landscape` say of theirs. A
+            figure with neither has no CSV.
 
     Returns:
         The paths: name.png, name.pdf and, where there are rows, name.csv of one figure after the

@@ -123,6 +123,8 @@ def test_tsne_says_what_is_wrong(monkeypatch):
     logits = two_runs()
     with pytest.raises(ValueError, match=r"tsne: logits must be \[S, N, C\] with S at least 4"):
         tsne(logits[:3])
+    with pytest.raises(ValueError, match=r"seed must be an integer in \[0, 2\^32\)"):
+        tsne(logits, seed=2**32)
     rule = r"perplexity must be 'auto' or a number of at least 1 and below S = 10; got 30; 'auto'"
     with pytest.raises(ValueError, match=rule):
         tsne(logits, perplexity=30)
