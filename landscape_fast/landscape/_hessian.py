@@ -137,7 +137,7 @@ class Hessian:
 
 
 class Eigenvalues(NamedTuple):
-    """Extreme eigenvalues of a Hessian.
+    """Extreme eigenvalues of a Hessian; NaN where it is not finite.
 
     Attributes:
         values: [k] float64 on the CPU, the outermost first.
@@ -172,6 +172,10 @@ def lanczos(
         diagonal.append(float(basis[-1].double() @ w))
         w = _orthogonal(w, basis)
         rest = float(w.norm())
+        if not math.isfinite(rest):
+            none = torch.full((k,), math.nan, dtype=torch.float64)
+            nowhere = hessian.point.new_full((k, hessian.layout.P), math.nan)
+            return Eigenvalues(none, none, nowhere, len(basis))
         values, vectors = _tridiagonal(diagonal, beside)
         scale = float(values.abs().max())
         order = (sign * values).argsort(descending=True)[:k]

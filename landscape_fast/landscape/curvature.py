@@ -23,7 +23,7 @@ class CurvaturePath(NamedTuple):
     """Curvature at S models; on the CPU, float64.
 
     Attributes:
-        eigenvalues: [S, k], the largest first.
+        eigenvalues: [S, k], the largest first; NaN where the Hessian is not finite.
         residual: [S, k]: within so far of each there is an eigenvalue.
         trace: [S]; NaN without samples.
         trace_se: [S], its standard error.

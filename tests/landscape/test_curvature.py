@@ -168,6 +168,21 @@ def test_where_the_loss_is_flat_all_is_zero():
     assert hessian_trace(network, rows().float(), y)[:2] == (0.0, 0.0)
 
 
+def test_where_the_loss_is_not_finite_nothing_is_known():
+    """One network of a path that has diverged does not cost the others."""
+    network, weights = path_of(lambda: plain().double(), 3)
+    for bad in (float("nan"), 1e308):
+
+        def given(start, stop, bad=bad):
+            return weights(start, stop) if start != 1 else torch.full_like(weights(1, 2), bad)
+
+        options = {"k": 2, "samples": 2, "progress": False}
+        found = curvature_along(network, given, 3, rows(), CLASSES, **options)
+        for each in (found.eigenvalues, found.residual, found.trace[:, None]):
+            assert each.isnan().any(1).tolist() == [False, True, False]
+            assert each[1].isnan().all()
+
+
 def test_signs_give_the_trace_without_bias_and_its_standard_error():
     r"""Of signs, :math:`\operatorname{Var} v^T H v = 2 \sum_{i \ne j} H_{ij}^2`."""
     network, x = plain().double(), rows()
