@@ -236,7 +236,7 @@ def wedge_map(
 
 def _turns(products: Tensor) -> Tensor:
     """[T - 1], the angles between nodes that follow each other."""
-    return cosines(products).diagonal(1).clamp(-1, 1).arccos()
+    return cosines(products).diagonal(1).arccos()
 
 
 def _angles(t: Tensor, turns: Tensor, products: Tensor) -> Tensor:

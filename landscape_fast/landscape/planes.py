@@ -5,6 +5,7 @@ A plane is spanned in coefficient space, from the Gram matrix of the models that
 is done to the model that is given: it supplies the architecture, the buffers and the device.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -289,7 +290,11 @@ def _around(op, model, anchors, axes, products, x, y, points, margin, around, or
     """The map of a grid that covers the anchors, the origin of weight space, and other points."""
     axes = check_plane(op, axes, products, anchors.dtype)
     at = nearest(axes, torch.eye(len(anchors), dtype=torch.float64), products)
-    cover = [at] if around is None else [at, around.double().cpu()]
+    cover = [at]
+    if around is not None:
+        fits = around.ndim == 2 and around.shape[1] == 2 and bool(around.isfinite().all())
+        require(fits, op, "around", "finite numbers [T, 2]", around)
+        cover.append(around.double().cpu())
     cover += [torch.zeros(1, 2, dtype=torch.float64)] if origin else []
     grid = grid_around(torch.cat(cover), points, margin)
     return map_plane(model, anchors, axes, *grid, x, y, **({"label": op} | options))
@@ -337,7 +342,7 @@ def filter_normalised_map(
         True
     """
     op = "filter_normalised_map"
-    require(span > 0, op, "span", "above 0", span)
+    require(0 < span < math.inf, op, "span", "a finite number above 0", span)
     layout, device = FlatLayout(model), next(model.parameters()).device
     centre = layout.flatten(model if weights is None else weights).to(device)
     random = [

@@ -43,7 +43,7 @@ def project(weights: Tensor, anchors: Tensor, plane: Plane) -> Projection:
     Raises:
         ValueError: if shapes do not fit or the plane is not finite.
 
-    Cost: T * (K + 16) * P multiplications in float64.
+    Cost: T / 16 * (K + 16)^2 * P multiplications in float64, and copies of K + 16 models.
 
     Source: Fort, Hu and Lakshminarayanan 2019 (arXiv:1912.02757), figure 5.
 

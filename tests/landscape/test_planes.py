@@ -259,7 +259,20 @@ def line():
         (lambda m, a: grid_around(a[:, :2], margin=-1), "margin must be at least 0"),
         (lambda m, a: grid_around(a), r"at must be \[T, 2\]"),
         (lambda m, a: grid_around(torch.eye(2)[:1]), "points that differ along both axes"),
-        (lambda m, a: filter_normalised_map(m, ROWS, CLASSES, span=0), "span must be above 0"),
+        *(
+            (
+                lambda m, a, span=span: filter_normalised_map(m, ROWS, CLASSES, span=span),
+                f"span must be a finite number above 0; got {span}",
+            )
+            for span in (0, float("inf"))
+        ),
+        *(
+            (
+                lambda m, a, at=at: radial_map(m, a[:2], ROWS, CLASSES, around=at),
+                r"radial_map: around must be finite numbers \[T, 2\]",
+            )
+            for at in (torch.zeros(3), torch.zeros(1, 3), torch.full((1, 2), float("nan")))
+        ),
         (lambda m, a: project(a[:, :3], a, Plane(*torch.eye(3))), r"weights must be \[T, P\]"),
         (lambda m, a: project(a, a[0], Plane(*torch.eye(3))), r"anchors must be \[K, P\]"),
     ],
