@@ -108,8 +108,9 @@ def train_deep_ensemble(
         device: where to train.
         directory: folder of the checkpoints member-000.pt, ..., or together.pt; None keeps none.
         keep_every: E above 0 keeps there the weights of every member before training, after every
-            E-th of its epochs and after the last, for `load_trajectories`; 0 keeps none. A resumed
-            run has the files of one that was not interrupted.
+            E-th of its epochs and after epoch `config.epochs`, for `load_trajectories`; 0 keeps
+            none. A resumed run has the files of one that was not interrupted; one that begins anew
+            removes those of an earlier run, of all its members.
         resume: continue from the checkpoints found there; finished members are not trained again.
         progress: show progress.
         on_step: called after every step with the number of steps its run has done.
@@ -160,6 +161,8 @@ def train_deep_ensemble(
         identity |= {"data": describe_rows(x, y), "order": order, "patience": patience}
         identity["together"] = bool(together)
         keeper = EpochKeeper(folder, keep_every, config.epochs, identity)
+        if not resume:
+            keeper.clear()
     alone = not together and order == "own" and not patience
     histories, failed = [], {}
     for group, about in groups:

@@ -53,6 +53,12 @@ class EpochKeeper:
             identity = self.identity | {"member": member, "epoch": epoch}
             save_checkpoint(self.path(member, epoch), identity, own)
 
+    def clear(self) -> None:
+        """Removes what an earlier run has left in the folder, of all members."""
+        for files in kept_epochs(self.directory).values():
+            for path in files.values():
+                path.unlink()
+
     def check(self, member: int, done: int) -> None:
         """Raises unless every file is there that `done` finished epochs of a member have left."""
         missing = [

@@ -129,6 +129,14 @@ def test_runs_without_kept_epochs_write_and_resume_as_before(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["member-000.pt"]
 
 
+def test_a_run_that_begins_anew_leaves_no_files_of_an_earlier_one(tmp_path):
+    train(tmp_path, members=3)
+    shorter = dataclasses.replace(FIVE, epochs=2)
+    train(tmp_path, members=2, config=shorter, keep_every=1)
+    found = load_trajectories(tmp_path, plain())
+    assert (found.members, found.epochs) == ((0, 1), (0, 1, 2))
+
+
 def test_a_resumed_run_misses_a_file_that_somebody_deleted(tmp_path):
     train(tmp_path, members=1)
     (tmp_path / "member-000-epoch-0002.pt").unlink()
