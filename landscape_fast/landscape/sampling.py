@@ -9,28 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from landscape_fast.landscape.samplers import (
-    DiagonalGaussian,
-    LowRankGaussian,
-    RandomDirections,
-    SubspaceSampler,
-    WeightDropout,
-)
+from landscape_fast.landscape.samplers import SubspaceSampler
 from landscape_fast.methods.seeds import stream_seed
 from landscape_fast.methods.sweep import sweep
 from landscape_fast.ops._checks import require, whole
-
-__all__ = [
-    "Accepted",
-    "DiagonalGaussian",
-    "LowRankGaussian",
-    "RandomDirections",
-    "ScaleFound",
-    "SubspaceSampler",
-    "WeightDropout",
-    "sample_accepted",
-    "scale_for_accuracy",
-]
 
 # Numbers of the draws of one try: those of the next begin here, whatever the count.
 DRAWS_PER_TRY = 2**20
@@ -123,6 +105,7 @@ def sample_accepted(
     Source: Fort et al. 2019 (arXiv:1912.02757), section 5, and the authors' code.
 
     Example:
+        >>> from landscape_fast.landscape import RandomDirections
         >>> from landscape_fast.nn import FlatLayout
         >>> model, x = nn.Linear(4, 3), torch.randn(50, 4)
         >>> y, layout = model(x).argmax(1), FlatLayout(model)
@@ -221,6 +204,7 @@ def scale_for_accuracy(
     Cost: (steps + 2) * samples passes over x.
 
     Example:
+        >>> from landscape_fast.landscape import WeightDropout
         >>> from landscape_fast.nn import FlatLayout
         >>> model, x = nn.Linear(4, 3), torch.randn(50, 4)
         >>> y, around = model(x).argmax(1), WeightDropout(FlatLayout(model).flatten(model))
