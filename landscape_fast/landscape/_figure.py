@@ -125,7 +125,9 @@ def series_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     known = {name: dict(zip(("color", "linestyle", "marker"), _WAYS[name][1:], strict=True))
              for name in names if name in _WAYS}  # fmt: skip
     used = {style["color"] for style in known.values()}
-    styles = [place_style(place) for place in range(7 + len(names))]
+    taken = {(style["color"], style["marker"]) for style in known.values()}
+    styles = [place_style(place) for place in range(7 + 2 * len(names))]
+    styles = [style for style in styles if (style["color"], style["marker"]) not in taken]
     styles.sort(key=lambda style: style["color"] in used)  # free colours first
     free = iter(styles)
     return {name: known.get(name) or next(free) for name in names}

@@ -233,6 +233,8 @@ def test_known_ways_keep_their_style_and_others_take_what_is_left():
     assert len(looks) == 20
     known = _figure.series_styles(_figure._WAYS)
     assert len({(s["linestyle"], s["marker"]) for s in known.values()}) == len(known)  # in grey
+    mixed = _figure.series_styles([*_figure._WAYS, *many])
+    assert len({(s["color"], s["marker"]) for s in mixed.values()}) == len(mixed)  # without lines
 
 
 def test_a_long_title_takes_several_lines():
