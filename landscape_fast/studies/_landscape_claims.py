@@ -29,6 +29,8 @@ HALFWAY = 0.3  # accuracy between two optima, at their radius, at most
 OWN_SIDE = 30.0  # degrees from an optimum up to which functions agree more with it
 ONE_RUN = "needs two runs or more; this folder has one network"
 NO_WAY = "needs checkpoints of the training: train with --keep-every"
+NO_LATE = "needs two checkpoints or more of the second half of training: see train --keep-every"
+CHANCE = "the solution is no more accurate than chance"
 
 
 def claim(
@@ -47,9 +49,9 @@ def claim(
 
 
 def worst(values: Iterable[float]) -> list[float]:
-    """The smallest alone, of a statement that has to hold for all of them."""
+    """The smallest alone, of a statement that has to hold for all of them; NaN if one is NaN."""
     values = list(values)
-    return [min(values)] if values else []
+    return [math.nan if any(map(math.isnan, values)) else min(values)] if values else []
 
 
 def judge_likeness(found: Likeness) -> list[dict[str, Any]]:
@@ -67,7 +69,7 @@ def judge_likeness(found: Likeness) -> list[dict[str, Any]]:
     if within and across:
         ratio = float(min(across)) / max(float(max(within)), 1e-12)
     near, far = clusters(found)[::-1]
-    why = ONE_RUN if R == 1 else NO_WAY
+    why = ONE_RUN if R == 1 else NO_LATE
     return [
         claim(
             "independent runs end in weights that are orthogonal", "F2, Fig 3",
@@ -77,7 +79,7 @@ def judge_likeness(found: Likeness) -> list[dict[str, Any]]:
         claim(
             "late checkpoints of a run point where its end points", "F2, Fig 2a",
             f"smallest cosine with the end, over the second half, at least {ALIGNED}", "{:.4f}",
-            [float(a) for a in aligned], lambda v: v >= ALIGNED, NO_WAY,
+            [float(a) for a in aligned], lambda v: v >= ALIGNED, NO_LATE,
         ),
         claim(
             "two runs disagree more than late checkpoints of one run", "F3, Fig 2b, 3",
@@ -97,15 +99,16 @@ def judge_diversity(found: Sequence[Diversity], classes: int) -> list[dict[str, 
     ratios, excess, short, rmse = [], [], [], []
     for each in found:
         accuracy, away = (torch.cat([p[k] for p in each.points.values()]) for k in (1, 2))
-        near = accuracy >= each.accuracy - NEAR
+        near = accuracy >= each.accuracy - NEAR - 1e-9  # a loss of NEAR, but for rounding
         best = (away / (1 - accuracy).clamp(min=1e-12))[near & (accuracy < 1)]
         others = each.optima[1] / (1 - each.optima[0]).clamp(min=1e-12)
         told = len(best) and len(others) and float(others.mean()) > 0
         ratios.append(float(best.max() / others.mean()) if told else None)
-        least = lower_limit(accuracy, each.accuracy, classes)
-        most = upper_limit(accuracy, each.accuracy, classes)
-        excess.append(float((away - most).max()))
-        short.append(float((least - away).max()))
+        accuracy, away = (torch.cat(p) for p in zip((accuracy, away), each.optima, strict=True))
+        excess.append(float((away - upper_limit(accuracy, each.accuracy, classes)).max()))
+        able = classes * each.accuracy > 1  # the lower limit starts at chance
+        least = lower_limit(accuracy, each.accuracy, classes) if able else None
+        short.append(float((least - away).max()) if able else None)
         rmse.append(None if each.fit is None else each.fit.rmse)
     why = ONE_RUN if len(found) == 1 else f"no sample is within {NEAR:.0%} of its solution"
     return [
@@ -122,7 +125,7 @@ def judge_diversity(found: Sequence[Diversity], classes: int) -> list[dict[str, 
         claim(
             "no function is less diverse than random changes of the reference", "F16, Fig 6",
             f"disagreement below the lower limit by at most {BELOW}", "{:+.3f}", short,
-            lambda v: v <= BELOW,
+            lambda v: v <= BELOW, CHANCE,
         ),
         claim(
             "samples lie on a one-parameter family", "F17, Fig S6",
@@ -146,7 +149,7 @@ def judge_sizes(
     alone = [float(found[w].accuracy[0] - plain.accuracy[0]) for w in drawn]
     average = found.get("weight_average")
     moved = None if average is None else float(average.accuracy[0] - plain.accuracy[0])
-    names, of = ", ".join(drawn), f"{k} networks" if several else "one network"
+    names, of = ", ".join(drawn) or "none", f"{k} networks" if several else "one network"
     return [
         claim(
             "an ensemble is more accurate than its members", "F18, Fig 8",
@@ -172,7 +175,7 @@ def judge_sizes(
         claim(
             "averaging the last checkpoints stays at the same solution", "F19, Fig 8",
             f"accuracy within {100 * AVERAGE:g} point of the solutions", "{:+.2%}", [moved],
-            lambda v: abs(v) <= AVERAGE, NO_WAY,
+            lambda v: abs(v) <= AVERAGE, _left_out("diagonal", reasons),
         ),
     ]  # fmt: skip
 
@@ -197,21 +200,25 @@ def judge_shift(
         gap = (curves[SINGLE]["brier"] - curves["independent"]["brier"]).tolist()
         better = [g for g, level in zip(gap, levels, strict=True) if level >= 3]
     M = found.curves.members if several else 0
+    left_out = [f"{way}: {_left_out(way, reasons)}" for way in ways if way not in js]
+    no_other = "; ".join(left_out) if "diagonal" in js else _left_out("diagonal", reasons)
     return [
         claim(
             "under corruption independent runs diverge more than samples", "F22, Fig 9",
-            f"JS by the largest of the samples at least {MORE_DIVERSE} at every severity", "{:.2f}",
-            worst(ratio), lambda v: v >= MORE_DIVERSE, ONE_RUN,
+            f"JS by the largest of the samples at least {MORE_DIVERSE} at every severity from 0 on",
+            "{:.2f}", worst(ratio), lambda v: v >= MORE_DIVERSE,
+            "; ".join(left_out) if several else ONE_RUN,
         ),
         claim(
             "the divergence of independent runs grows with the corruption", "F22, Fig 9",
-            "smallest change of JS from one severity to the next above 0 (nats)", "{:+.3g}",
-            worst(grows), lambda v: v > 0, ONE_RUN,
+            "smallest change of JS from one severity to the next, from 0 on, above 0 (nats)",
+            "{:+.3g}", worst(grows), lambda v: v > 0, ONE_RUN,
         ),
         claim(
             "samples of the diagonal Gaussian diverge least", "F22, Fig 9",
-            "JS below that of the other samples at every severity (nats)", "{:+.3g}",
-            worst(least), lambda v: v > 0, _left_out("diagonal", reasons) if several else ONE_RUN,
+            "smallest JS of the other samples less its own above 0 at every severity from 0 on "
+            "(nats)",
+            "{:+.3g}", worst(least), lambda v: v > 0, no_other if several else ONE_RUN,
         ),
         claim(
             "ensembles are better under strong corruption", "F21, Fig 9",
@@ -226,8 +233,9 @@ def judge_ood(found: OodReport | None, reasons: dict[str, str]) -> list[dict[str
     """X6: the order of divergences on images from elsewhere; the value of the worst set."""
     values = {"independent": [], "trajectory": []}
     several = found is not None and found.members > 1
+    ways = mean_js(found) if several else {}
+    lower_end = next((w for w in ("trajectory", "diagonal") if w not in ways), "diagonal")
     if several:
-        ways = mean_js(found)
         for upper, lower in (("independent", "trajectory"), ("trajectory", "diagonal")):
             if upper in ways and lower in ways:
                 values[upper] = [ways[upper][s] - ways[lower][s] for s in ways[upper]]
@@ -242,7 +250,7 @@ def judge_ood(found: OodReport | None, reasons: dict[str, str]) -> list[dict[str
             "and a trajectory more than the diagonal Gaussian", "F23, text",
             "JS less that of the samples above 0 on every set (nats)", "{:+.3g}",
             worst(values["trajectory"]), lambda v: v > 0,
-            _left_out("diagonal", reasons) if several else ONE_RUN,
+            _left_out(lower_end, reasons) if several else ONE_RUN,
         ),
     ]  # fmt: skip
 
@@ -258,10 +266,10 @@ def judge_space(radial: Radial | None, starts: Starts | None, norms, runs: int):
     """X7 and F30: the plane between two solutions, norms, and the way from the start."""
     middle, same, sides = [], [], []
     if radial is not None:
-        middle = [float(radial.arc.accuracy[0, len(radial.angle) // 2])]
-        ends = radial.arc.agreement[0, 0, -1], radial.arc.agreement[1, 0, 0]
+        middle = [float(radial.arc.accuracy[len(radial.angle) // 2])]
+        ends = radial.arc.agreement[0, -1], radial.arc.agreement[1, 0]
         same = [max(abs(float(e) - (1 - radial.disagreement)) for e in ends)]
-        gap = radial.arc.agreement[0, 0] - radial.arc.agreement[1, 0]
+        gap = radial.arc.agreement[0] - radial.arc.agreement[1]
         first, second = radial.angle < OWN_SIDE, radial.angle > radial.end - OWN_SIDE
         sides = [float(gap[first].min()), float(-gap[second].max())]
     grows = [] if norms.shape[1] < 2 else norms.diff(dim=1).min(1).values.tolist()
@@ -290,7 +298,7 @@ def judge_space(radial: Radial | None, starts: Starts | None, norms, runs: int):
         claim(
             "the loss falls all along the straight line from the first weights to the last",
             "F30, text", "largest rise of the training loss from one point to the next at most 0 "
-            "(nats)", "{:+.4f}", rises, lambda v: v <= 0, NO_WAY,
+            "(nats)", "{:+.3g}", rises, lambda v: v <= 0, NO_WAY,
         ),
     ]  # fmt: skip
 

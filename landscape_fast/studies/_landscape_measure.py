@@ -100,7 +100,7 @@ def draw_samples(bench: Bench) -> tuple[dict[str, Samples], dict[str, str]]:
                 reasons[way] = (
                     "too few random samples were accepted" if way == "random_low_rank"
                     else "needs at least two checkpoints kept in the last "
-                    f"{bench.settings.late_share:.0%} of training"
+                    f"{bench.settings.late_share:.0%} of training: see train --keep-every"
                 )  # fmt: skip
                 break
             accepted.append(bench.accepted(sampler, way, r, bench.settings.samples))

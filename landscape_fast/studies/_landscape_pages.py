@@ -58,7 +58,9 @@ def counted(rows: Sequence[dict[str, Any]]) -> str:
     """How many claims hold, fail, or are open, in a sentence."""
     passed, failed = (sum(row["verdict"] == v for row in rows) for v in ("pass", "fail"))
     rest = len(rows) - passed - failed
-    return f"{passed} of {len(rows)} claims hold, {failed} fail, {rest} are inconclusive"
+    told = "claim holds" if passed == len(rows) == 1 else "claims hold"
+    fail, are = ("fails" if failed == 1 else "fail"), ("is" if rest == 1 else "are")
+    return f"{passed} of {len(rows)} {told}, {failed} {fail}, {rest} {are} inconclusive"
 
 
 def _shown(heading: str, more: Sequence[Part]) -> tuple[dict[str, str], dict[str, tuple]]:

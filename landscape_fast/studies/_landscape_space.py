@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.landscape import PlaneMap, map_plane, project, radial_map
-from landscape_fast.nn.geometry import radial_plane
+from landscape_fast.landscape import PlaneMap, project, radial_map
+from landscape_fast.landscape._points import Points, score_points
+from landscape_fast.nn.geometry import Plane, radial_plane
 from landscape_fast.ops import gram
-from landscape_fast.studies._landscape_bench import Bench
+from landscape_fast.studies._landscape_bench import Bench, Rows
 from landscape_fast.studies._landscape_measure import Samples
 
 ANGLES = 19  # of the arc at the radius of the optima, every five degrees
@@ -23,7 +24,7 @@ class Radial(NamedTuple):
         trajectories: run to [T, 2], its checkpoints in the plane.
         samples: [S, 2], samples of the diagonal Gaussians around both solutions; or None.
         angle: [A] degrees, from the first solution to the second, of points at their radius.
-        arc: scores of these points, [1, A].
+        arc: scores of these A points.
         end: the angle of the second solution.
         disagreement: of the two solutions, on the rows of the plane.
     """
@@ -32,7 +33,7 @@ class Radial(NamedTuple):
     trajectories: dict[int, Tensor]
     samples: Tensor | None
     angle: Tensor
-    arc: PlaneMap
+    arc: Points
     end: float
     disagreement: float
 
@@ -64,22 +65,16 @@ def measure_radial(bench: Bench, samples: dict[str, Samples]) -> Radial:
     return Radial(found, trajectories, cloud, angle, arc, end, apart)
 
 
-def _arc(bench: Bench, optima: Tensor, axes, angle: Tensor, end: float, rows) -> PlaneMap:
-    """Points whose radius goes from that of the first solution to that of the second."""
+def _arc(bench: Bench, optima: Tensor, axes: Plane, angle: Tensor, end: float, rows: Rows):
+    """`Points` whose radius goes from that of the first solution to that of the second."""
     norms = optima.double().norm(dim=1).cpu()
     radius = norms[0] + (norms[1] - norms[0]) * angle / end
-    places = torch.stack([angle.deg2rad().cos(), angle.deg2rad().sin()]) * radius
-    found = [
-        map_plane(
-            bench.model, optima, axes, x[None], y[None], rows.x, rows.y,
-            **bench.options, progress=False,
-        )
-        for x, y in places.T
-    ]  # fmt: skip
-    loss, accuracy = (torch.cat([getattr(f, k) for f in found], 1) for k in ("loss", "accuracy"))
-    agreement = torch.cat([f.agreement for f in found], 2)
-    return found[0]._replace(x=places[0], y=places[1], loss=loss, accuracy=accuracy,
-                             agreement=agreement)  # fmt: skip
+    angle = angle.deg2rad()
+    coeffs = axes.at(radius * angle.cos(), radius * angle.sin())
+    about = ("landscape", bench.model, optima, coeffs, rows.x, rows.y)
+    return bench.kept(
+        "arc of the plane", lambda **given: score_points(*about, agree_with=(0, 1), **given)
+    )
 
 
 class Starts(NamedTuple):

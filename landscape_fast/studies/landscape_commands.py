@@ -22,6 +22,9 @@ def landscape(args: Namespace) -> int:
             args.usage_error(f"argument {flag}: must be a folder that exists; got {folder}")
     settings = _settings(args)
     out = args.out or args.run_dir / "landscape"
+    if out.resolve() == args.run_dir.resolve():
+        rule = "another folder than that of the run, whose results.json would be lost"
+        args.usage_error(f"argument --out: must be {rule}; got {out}")
     with on_device(args) as device:
         from landscape_fast.studies.landscape_report import describe, open_run, report
         from landscape_fast.studies.report import to_json

@@ -99,6 +99,16 @@ def test_claims_about_cycles():
     assert verdicts(judge_cycles({**apart, "cycles of one run": torch.tensor(0.25)})) == [
         "inconclusive"
     ]
+    most = torch.tensor([0.0, 0.1, 0.1, 0.25])  # enough: in 3 of 4 repeats
+    assert verdicts(
+        judge_cycles(
+            {**apart, "independent runs": most + 0.05, "cycles of one run": torch.tensor(0.1)}
+        )
+    ) == ["pass"]
+    assert verdicts(
+        judge_cycles({**apart, "independent runs": most, "cycles of one run": torch.tensor(0.15)})
+    ) == ["inconclusive"]
+    assert verdicts(judge_cycles({**apart, "cycles of one run": torch.tensor(0.3)})) == ["fail"]
 
 
 def path(loss, agreement):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import sys
@@ -16,6 +17,7 @@ from landscape_fast import cli, data
 from landscape_fast.methods import TrainConfig, load_trajectories, predict, train_deep_ensemble
 from landscape_fast.studies._landscape_bench import Bench
 from landscape_fast.studies._landscape_shift import make_groups, measure_shift
+from landscape_fast.studies._landscape_space import measure_radial
 from landscape_fast.studies.compare import Problem
 from landscape_fast.studies.landscape_report import describe, report
 from landscape_fast.studies.landscape_settings import ReportSettings, settings_of
@@ -194,6 +196,22 @@ def test_the_plane_holds_both_solutions(done, bench):
     assert numbers == [0.0] and verdict == "pass"
 
 
+def test_the_arc_goes_from_one_solution_to_the_other(bench, run):
+    found = measure_radial(bench, {})
+    rows, first, second = bench.test.first(TINY.map_rows), *run.weights.double()
+    cosine = float(first @ second / (first.norm() * second.norm()))
+    assert found.end == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-6)
+    half = (first / first.norm() + second / second.norm()) / (2 + 2 * cosine) ** 0.5
+    half = half * (first.norm() + second.norm()) / 2  # halfway, at the mean of the norms
+    scores = bench.measure(half.float()[None], rows, "halfway", keep_labels=True)
+    labels = bench.logits(run.weights, rows, "both").argmax(-1)
+    agreement = (scores.labels[0] == labels).double().mean(1)
+    middle = len(found.angle) // 2
+    assert float(found.arc.accuracy[middle]) == pytest.approx(float(scores.accuracy[0]), abs=1e-6)
+    assert torch.equal(found.arc.agreement[:, middle], agreement)
+    assert found.arc.agreement.shape == (2, len(found.angle))
+
+
 def test_everything_is_written_and_the_page_needs_nothing_else(done):
     document, out = done
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -339,6 +357,10 @@ def test_ctrl_c_says_that_the_same_command_goes_on(folder, tmp_path, capsys, mon
         (["--ood", "fog=here", "."], "--ood: must be NAME=DIR with NAME one of svhn, mnist"),
         (["--ood", "svhn=nowhere", "."], "--ood: must be a folder that exists; got nowhere"),
         (["--corrupted=nowhere", "."], "--corrupted: must be a folder that exists; got nowhere"),
+        (
+            ["--out=.", "."],
+            "--out: must be another folder than that of the run, whose results.json",
+        ),
         (["--corruptions=rust", "."], "--corruptions: must be 'all', or names out of .*got rust"),
     ],
 )
