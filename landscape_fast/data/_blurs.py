@@ -88,7 +88,9 @@ def _line(radius: int, sigma: float, degrees: tuple[int, int]) -> tuple[Tensor, 
 
 def zoom_blur(x: Tensor, steps: int, draws: Draws) -> Tensor:
     """Mean of the image and of `steps` enlargements by 1.00, 1.01, 1.02, ..."""
+    # pixels of all images and channels side by side are copied at a third of the cost
+    x = x.permute(2, 3, 0, 1).contiguous()
     total = x + x  # the image itself, and an enlargement by 1
     for step in range(1, steps):
-        total += zoomed(x, 1 + step / 100)
-    return total / (steps + 1)
+        total += zoomed(x, 1 + step / 100, (0, 1))
+    return total.div_(steps + 1).permute(2, 3, 0, 1)

@@ -87,18 +87,22 @@ def bilinear(x: Tensor, rows: Tensor, columns: Tensor, edge: str) -> Tensor:
 
 
 def resampled(x: Tensor, dim: int, taps: Taps) -> Tensor:
-    """Weighted sums of lines of x along `dim` (2 or 3): pairs of [out] numbers and weights."""
-    out = None
+    """Weighted sums of lines of x along `dim`: pairs of [out] numbers and weights."""
+    out, shape = None, [1] * x.ndim
+    shape[dim] = -1
     for index, weight in taps:
-        weight = weight.to(x.device)
-        term = x.index_select(dim, index.to(x.device)) * (weight[:, None] if dim == 2 else weight)
+        term = x.index_select(dim, index.to(x.device)) * weight.to(x.device).view(shape)
         out = term if out is None else out.add_(term)
     return out
 
 
-def zoomed(x: Tensor, factor: float) -> Tensor:
-    """The middle of the images enlarged by `factor`, of the size of x; linear interpolation."""
-    for dim in (2, 3):
+def zoomed(x: Tensor, factor: float, dims: tuple[int, int] = (2, 3)) -> Tensor:
+    """The middle of the images enlarged by `factor`, of the size of x; linear interpolation.
+
+    Args:
+        dims: those of the height and the width.
+    """
+    for dim in dims:
         taps = _zoom_taps(x.shape[dim], factor)
         x = resampled(x, dim, taps) if taps else x
     return x
