@@ -217,7 +217,7 @@ def _notes(bench: Bench, found: dict[str, Any]) -> list[str]:
             "weights too, and raise the cosines"
         )
     if bench.run.trajectories is None:
-        notes.append("no epochs were kept in training, so that trajectories are left out")
+        notes.append("no epochs were kept up to the last of every network: no trajectories")
     notes += bench.run.notes
     return notes + [f"{way} is left out: {why}" for way, why in found["reasons"].items()]
 

@@ -37,7 +37,8 @@ class RunFolder:
         config: the settings of their training.
         networks: R of them, trained to the end, in evaluation mode.
         members: their numbers in the ensemble.
-        trajectories: of these networks, or None where no epochs were kept.
+        trajectories: of these networks, or None where not all of them have kept epochs up to the
+            last.
         path: the folder, or None.
         notes: what is missing, in sentences.
     """
@@ -179,7 +180,7 @@ def open_run(
     require(len(found) > 0, OP, "path", "a run with a finished network", got, remedy)
     kept = kept_epochs(checkpoints)
     trajectories = None
-    if all(m in kept for m in found):
+    if all(config.epochs in kept.get(m, ()) for m in found):  # else they do not reach the end
         trajectories = load_trajectories(checkpoints, model, members=list(found))
     return RunFolder(
         problem, dataset, config, tuple(found.values()), tuple(found), trajectories, path,

@@ -127,6 +127,13 @@ def test_members_that_are_not_finished_are_left_out(copy):
         open_run(copy)
 
 
+def test_kept_epochs_that_do_not_reach_the_end_are_no_trajectory(copy):
+    last = max((copy / "checkpoints").glob("member-001-epoch-*.pt"))
+    last.unlink()
+    run = open_run(copy)
+    assert run.members == (0, 1) and run.trajectories is None
+
+
 def test_a_folder_of_an_earlier_release_has_no_run_json(copy):
     (copy / "run.json").unlink()
     assert torch.equal(open_run(copy).weights, open_run(copy).trajectories.weights[:, -1])
