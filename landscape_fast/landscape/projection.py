@@ -18,7 +18,7 @@ class Projection(NamedTuple):
 
     Attributes:
         at: [T, 2], the nearest points of the plane.
-        away: [T], the distances to them; 0 in the plane, to about 1e-8 of the norm.
+        away: [T], the distances to them; 0 in the plane, to about 1e-6 of the norm.
         norm: [T], the norms of the weights.
     """
 
