@@ -190,6 +190,10 @@ def open_run(
 
 def _read(path: Path) -> tuple[dict[str, Any], Path]:
     """The description of a run and its file; before there was run.json, results.json had it."""
+    rule = f"a folder that 'landscape-fast train' wrote, with {RUN_FILE}"
+    below = path / "run"  # where a study keeps its own
+    study = not (path / RUN_FILE).exists() and (below / RUN_FILE).exists()
+    require(not study, OP, "path", rule, f"{path} without", f"pass {below}")
     for name in (RUN_FILE, "results.json"):
         source = path / name
         if not source.exists():
@@ -204,7 +208,6 @@ def _read(path: Path) -> tuple[dict[str, Any], Path]:
         rule = f"the description of a training run, format {FORMAT}"
         require(good, OP, str(source), rule, "something else")
         return document, source
-    rule = f"a folder that 'landscape-fast train' wrote, with {RUN_FILE}"
     require(False, OP, "path", rule, f"{path} without")
 
 

@@ -68,6 +68,8 @@ def test_its_runs_are_a_folder_that_landscape_opens(smoke):
     assert len(run.networks) == settings.runs
     assert run.trajectories.epochs == tuple(range(settings.training.epochs + 1))
     assert len(run.dataset.train_y) == settings.train_rows
+    with pytest.raises(ValueError, match=f"with run.json; got {out} without; pass {out / 'run'}"):
+        open_run(out)
 
 
 def origins(**changes):
