@@ -115,17 +115,12 @@ def test_every_kernel_of_every_file_is_there(kernels):
             assert declared <= got, source.name
 
 
-# Bytes where a few spills are the lesser evil: two blocks of 256 threads, in which 64 of the 128
-# registers are sums (with 128 members), so that one makes operands while the other multiplies.
-SPILLS = {"kl_product_kernel<128, true>": 256, "kl_product_kernel<64, false>": 16}
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills_and_fits(kernels, arch):
     bad = [
         k._replace(sass=None)
         for k in kernels[arch]
-        if max(k.stack, k.spills) > SPILLS.get(k.name, 0) or k.registers > 255 or k.shared > SHARED
+        if k.stack or k.spills or k.registers > 255 or k.shared > SHARED
     ]
     assert kernels[arch] and not bad
 

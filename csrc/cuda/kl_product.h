@@ -73,50 +73,44 @@ struct KlBlock {
   }
 
   // Keeps the logits of this thread's members for elements e and e + 1 of those from example
-  // `first` on, and finds the examples. NaN beyond the members, -inf beyond the elements. `top`:
-  // the largest of both.
-  __device__ __forceinline__ void load(int64_t first, int e, int count, float (&top)[OWN],
+  // `first` on, and finds the examples. NaN beyond the members, -inf beyond the elements.
+  __device__ __forceinline__ void load(int64_t first, int e, int count, Folding<Larger>& top,
                                        int (&example)[2]) const {
     const Logits& logits = job.rows.logits;
+    first = recomputed(first);
+    int64_t of[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int mine = e + k < count ? e + k : count - 1;
+      example[k] = ONLINE ? 0 : mine / C();
+      of[k] = (first + example[k]) * logits.stride_n + (mine - example[k] * C()) * logits.stride_c +
+              group() * logits.stride_m;
+    }
+    const int64_t step = recomputed(S::GROUPS * logits.stride_m);
+    const int members = recomputed(M() - group());
+    float x[OWN][2];
     with_element(logits.dtype, logits.data, [&](const auto* data) {
-      std::decay_t<decltype(data)> of[2];
+      const decltype(data) from[2] = {data + of[0], data + of[1]};
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int mine = e + k < count ? e + k : count - 1;
-        example[k] = ONLINE ? 0 : mine / C();
-        of[k] = data + ((first + example[k]) * logits.stride_n +
-                        (mine - example[k] * C()) * logits.stride_c + group() * logits.stride_m);
-      }
-      const int64_t step = recomputed(S::GROUPS * logits.stride_m);
+      for (int r = 0; r < OWN; ++r) {
 #pragma unroll
-      for (int r0 = 0; r0 < OWN; r0 += S::AT_ONCE) {
-        float x[S::AT_ONCE][2];
-#pragma unroll
-        for (int r = 0; r < S::AT_ONCE; ++r) {
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            x[r][k] = member(r0 + r) < M() ? to_float(*of[k]) : NAN;
-            of[k] += step;
-          }
+        for (int k = 0; k < 2; ++k) {
+          x[r][k] = r * S::GROUPS < members ? to_float(from[k][r * step]) : NAN;
         }
-#pragma unroll
-        for (int r = 0; r < S::AT_ONCE; ++r) {
-#pragma unroll
-          for (int k = 0; k < 2; ++k) x[r][k] = e + k < count ? x[r][k] : -INFINITY;
-          top[r0 + r] = fmaxf(x[r][0], x[r][1]);
-          keep(member(r0 + r), x[r][0], x[r][1]);
-        }
-        in_order();
       }
     });
+#pragma unroll
+    for (int r = 0; r < OWN; ++r) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) x[r][k] = e + k < count ? x[r][k] : -INFINITY;
+      if (ONLINE) top.add(r, fmaxf(x[r][0], x[r][1]));
+      keep(member(r), x[r][0], x[r][1]);
+    }
+    in_order();
   }
 
   // The largest logit of every row in this warp's span, from those of the threads.
-  __device__ __forceinline__ void find_spans(float (&top)[OWN]) const {
-    fold_top<4>(top, 4);
-    fold_top<2>(top, 2);
-    fold_top<1>(top, 1);
-    float mine = top[0];
+  __device__ __forceinline__ void find_spans(float mine) const {
     for (int o = 8; o < S::LANES_OF_ROW; o *= 2) {
       mine = fmaxf(mine, __shfl_xor_sync(WHOLE_WARP, mine, o));
     }
@@ -135,9 +129,11 @@ struct KlBlock {
   // are `count`.
   __device__ __forceinline__ void build(int64_t first, int begin, int count) const {
     int example[2];
-    float top[OWN], sums[OWN], lowest = 0;
+    bool far = false;
+    Folding<Larger> top;
+    Folding<Sum> sums;
     load(first, begin + 2 * column(), count, top, example);
-    if (ONLINE) find_spans(top);
+    if (ONLINE) find_spans(top.result);
     float4 centre{};
 #pragma unroll(ONLINE ? OWN : 1)
     for (int r = 0; r < OWN; ++r) {
@@ -145,18 +141,15 @@ struct KlBlock {
       float x[2] = {float_at(word(2, m)), float_at(word(3, m))}, p[2], weight[2];
       if (ONLINE) {
         const Span span = spans[column() / S::LANES_OF_ROW * MEMBERS + m];
-        const float origin = from[m];
+        const float origin = from[m], d[2] = {x[0] - span.top, x[1] - span.top};
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const float d = x[k] - span.top;
-          p[k] = exp_scaled<P_BITS>(d);
+          p[k] = exp_scaled<P_BITS>(d[k]);
           weight[k] = p[k] * span.factor;
           x[k] -= origin;
-          if (!(d <= 0.0f)) weight[k] = d;
         }
-        sums[r] = weight[0] + weight[1];  // a NaN makes the row NaN
-        weight[0] = weight[0] == weight[0] ? weight[0] : 0.0f;
-        weight[1] = weight[1] == weight[1] ? weight[1] : 0.0f;
+        const float below = d[0] + d[1];  // a NaN makes the row NaN
+        sums.add(r, below == below ? weight[0] + weight[1] : below);
       } else {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -168,8 +161,8 @@ struct KlBlock {
       }
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        lowest = fminf(lowest, x[k]);  // no NaN
-        x[k] = fminf(fmaxf(x[k], LEAST_LN_P), FARTHEST);
+        far |= x[k] < LEAST_LN_P;
+        x[k] = fmaxf(x[k], LEAST_LN_P);  // no NaN; nor inf, unless the example is done again
       }
       centre.x += weight[0] * x[0];
       centre.y += weight[0];
@@ -179,14 +172,10 @@ struct KlBlock {
       keep(m, x[0], x[1]);
     }
     if (ONLINE) {
-      fold<4>(sums, 4);
-      fold<2>(sums, 2);
-      fold<1>(sums, 1);
-      for (int o = 8; o < S::LANES_OF_ROW; o *= 2) {
-        sums[0] += __shfl_xor_sync(WHOLE_WARP, sums[0], o);
-      }
+      float sum = sums.result;
+      for (int o = 8; o < S::LANES_OF_ROW; o *= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, o);
       const int lane = int(threadIdx.x) % S::LANES_OF_ROW;
-      if (lane < OWN) of_span(member(lane)) += double(sums[0]);
+      if (lane < OWN) of_span(member(lane)) += double(sum);
     }
     part[threadIdx.x] = centre;
     __syncthreads();
@@ -196,13 +185,14 @@ struct KlBlock {
       const float4 one = part[g * S::COLUMNS + column()];
       whole.x += one.x, whole.y += one.y, whole.z += one.z, whole.w += one.w;
     }
-    const float middle[2] = {whole.x / fmaxf(whole.y, 1e-30f), whole.z / fmaxf(whole.w, 1e-30f)};
-    if (lowest < LEAST_LN_P && whole.y + whole.w > 0.0f) seen[FAR_BELOW] = 1;
+    const float middle[2] = {L_SCALE * (whole.x / fmaxf(whole.y, 1e-30f)),
+                             L_SCALE * (whole.z / fmaxf(whole.w, 1e-30f))};
+    if (far && whole.y + whole.w > 0.0f) seen[FAR_BELOW] = 1;
 #pragma unroll
     for (int r = 0; r < OWN; ++r) {
       const int m = member(r);
-      const float x[2] = {float_at(word(2, m)) - middle[0], float_at(word(3, m)) - middle[1]};
-      split_pair(L_SCALE * x[0], L_SCALE * x[1], word(2, m), word(3, m));
+      const float x[2] = {float_at(word(2, m)), float_at(word(3, m))};
+      split_pair(L_SCALE * x[0] - middle[0], L_SCALE * x[1] - middle[1], word(2, m), word(3, m));
     }
     __syncthreads();
   }
@@ -210,37 +200,41 @@ struct KlBlock {
   static constexpr int DOWN = S::TM / 16, OVER = S::TN / 8;  // products of a warp
   using Sums = float[DOWN][OVER][4];
 
-  __device__ __forceinline__ int row_of_warp() const {
-    return int(threadIdx.x) / 32 % S::TILES / S::ACROSS * S::TM;
-  }
-  __device__ __forceinline__ int column_of_warp() const {
-    return int(threadIdx.x) / 32 % S::TILES % S::ACROSS * S::TN;
-  }
-  __device__ __forceinline__ int slice() const { return int(threadIdx.x) / 32 / S::TILES; }
+  // Where a thread's warp multiplies.
+  struct Tile {
+    int lane, row, column, slice;
+
+    __device__ __forceinline__ explicit Tile(int thread)
+        : lane(thread % 32),
+          row(thread / 32 % S::TILES / S::ACROSS * S::TM),
+          column(thread / 32 % S::TILES % S::ACROSS * S::TN),
+          slice(thread / 32 / S::TILES) {}
+  };
 
   // Adds the step's products to the sums of this warp.
   __device__ __forceinline__ void multiply(Sums& sums) const {
-    const int lane = int(threadIdx.x) % 32, row = lane % 16, half = lane / 16 * 8;
+    const Tile tile(recomputed(int(threadIdx.x)));
+    const int lane = tile.lane, row = lane % 16, half = lane / 16 * 8;
     // Of L' each matrix of 8 by 8 is the next along the classes, then along the members.
     const int other_row = lane % 8 + lane / 16 * 8, other_half = lane / 8 % 2 * 8;
-    const Span* const span = spans + slice() * S::SLICE / (S::KB / S::SPANS) * MEMBERS;
+    const Span* const span = spans + tile.slice * S::SLICE / (S::KB / S::SPANS) * MEMBERS;
     float factor[DOWN][2];
 #pragma unroll
     for (int i = 0; i < DOWN; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        factor[i][h] = ONLINE ? span[row_of_warp() + 16 * i + 8 * h + lane / 4].factor : 1.0f;
+        factor[i][h] = ONLINE ? span[tile.row + 16 * i + 8 * h + lane / 4].factor : 1.0f;
       }
     }
 #pragma unroll 1
     for (int k = 0; k < S::SLICE; k += 16) {
-      const int base = slice() * S::SLICE + k;
+      const int base = tile.slice * S::SLICE + k;
       uint32_t p[DOWN][2][4];
 #pragma unroll
       for (int i = 0; i < DOWN; ++i) {
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
-          load_matrices<false>(at(w, row_of_warp() + 16 * i + row, base + half), p[i][w]);
+          load_matrices<false>(at(w, tile.row + 16 * i + row, base + half), p[i][w]);
         }
       }
 #pragma unroll
@@ -248,7 +242,7 @@ struct KlBlock {
         uint32_t l[2][4];
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
-          const int m = column_of_warp() + 8 * j + other_row;
+          const int m = tile.column + 8 * j + other_row;
           load_matrices<false>(at(2 + w, m, base + other_half), l[w]);
         }
 #pragma unroll
@@ -286,17 +280,17 @@ struct KlBlock {
 
   // Adds the sums to those in float64, or writes them if they are the first; then they are 0.
   __device__ __forceinline__ void flush(Sums& sums, bool first) const {
-    const int lane = int(threadIdx.x) % 32;
-    double* const cross = cross_of(slice());
+    const Tile tile(recomputed(int(threadIdx.x)));
+    double* const cross = cross_of(tile.slice);
 #pragma unroll
     for (int i = 0; i < DOWN; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = row_of_warp() + 16 * i + 8 * h + lane / 4;
+        const int row = tile.row + 16 * i + 8 * h + tile.lane / 4;
         const double by = ONLINE ? P_SCALE * UNSCALE * double(scale[row]) : UNSCALE;
 #pragma unroll
         for (int j = 0; j < OVER; ++j) {
-          const int column = column_of_warp() + 8 * j + 2 * (lane % 4);
+          const int column = tile.column + 8 * j + 2 * (tile.lane % 4);
           auto* const to = reinterpret_cast<double2*>(cross + row * MEMBERS + column);
           double2 sum = first ? make_double2(0, 0) : *to;
           sum.x += by * double(sums[i][j][2 * h]);

@@ -27,7 +27,13 @@ struct KlShape {
   static constexpr int SPANS = COLUMNS / LANES_OF_ROW;                   // warps that share a row
   static constexpr int TM = MEMBERS < 64 ? 16 : 32;                         // of a warp
   static constexpr int TN = MEMBERS < 32 ? 16 : MEMBERS < 128 ? 32 : 64;
-  static constexpr int AT_ONCE = MEMBERS < 128 ? OWN : OWN / 2;  // loads, with registers in mind
+  // On a multiprocessor: with 128 members 64 registers are sums, and the 128 that two blocks leave
+  // a thread would not do without spills; nor would they for 64 as nvcc 13.0 compiles for sm_100.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int BLOCKS = MEMBERS < 64 ? 2 : 1;
+#else
+  static constexpr int BLOCKS = MEMBERS < 128 ? 2 : 1;
+#endif
   static constexpr int ACROSS = MEMBERS / TN, TILES = MEMBERS / TM * ACROSS;
   static constexpr int SLICES = KL_WARPS / TILES, SLICE = KB / SLICES;
   static constexpr int WORDS = (MEMBERS + 31) / 32;  // of one number for each member in a warp
@@ -52,16 +58,36 @@ __device__ __forceinline__ void split_pair(float x0, float x1, uint32_t& high, u
   memcpy(&low, &rest, sizeof low);
 }
 
-// Keeps the larger of two values of this and of the lane `o` away, as fold() their sum.
-template <int HALF>
-__device__ __forceinline__ void fold_top(float* x, int o) {
-  const bool upper = int(threadIdx.x) & o;
+// What `join` makes of OWN numbers that each of eight neighbouring lanes has, which are given one
+// after another: lane l gets it of the numbers l % 8. Three at most are held meanwhile.
+template <class Join>
+struct Folding {
+  static_assert(OWN == 8, "one number for each lane");
+  Join join;
+  float held[3] = {}, result = 0;
+
+  __device__ __forceinline__ void add(int r, float x) {
 #pragma unroll
-  for (int k = 0; k < HALF; ++k) {
-    const float mine = upper ? x[k + HALF] : x[k], other = upper ? x[k] : x[k + HALF];
-    x[k] = fmaxf(mine, __shfl_xor_sync(WHOLE_WARP, other, o));
+    for (int bit = 0; bit < 3; ++bit) {
+      if (!(r >> bit & 1)) {
+        held[bit] = x;
+        return;
+      }
+      const bool upper = int(threadIdx.x) >> bit & 1;
+      const float mine = upper ? x : held[bit], other = upper ? held[bit] : x;
+      x = join(mine, __shfl_xor_sync(WHOLE_WARP, other, 1 << bit));
+    }
+    result = x;
   }
-}
+};
+
+struct Larger {
+  __device__ __forceinline__ float operator()(float x, float y) const { return fmaxf(x, y); }
+};
+
+struct Sum {
+  __device__ __forceinline__ float operator()(float x, float y) const { return x + y; }
+};
 
 // What a span of a row is multiplied with: exponentials are taken relative to its largest logit,
 // and its products count e^(that - what the row is taken relative to).

@@ -24,7 +24,7 @@ namespace {
 // memory needs 1.2 and its tensor cores 1.6: the loads and the splitting are what to shorten first.
 constexpr int64_t FEWEST = 9, MOST = 128;
 
-constexpr int64_t KL_BLOCKS = 264;  // at most: 2 on each of 132 SMs
+constexpr int64_t KL_BLOCKS = 264;  // at most: 2 for each of 132 SMs
 constexpr int64_t GROUP_BYTES = 96 * 1024;
 // From where to where rows are read once: below, a step would be mostly padding; above, too many
 // terms would be added in float32.
@@ -35,7 +35,8 @@ template <int MEMBERS>
 constexpr bool ALWAYS_ONLINE = MEMBERS == 128;
 
 template <int MEMBERS, bool ONLINE>
-__global__ void __launch_bounds__(KL_THREADS, 2) kl_product_kernel(const KlJob job) {
+__global__ void __launch_bounds__(KL_THREADS, KlShape<MEMBERS>::BLOCKS)
+kl_product_kernel(const KlJob job) {
   using S = KlShape<MEMBERS>;
   using Block = KlBlock<MEMBERS, ONLINE>;
   LSF_SHARED(__half, operand, 4 * MEMBERS * S::PITCH);
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(KL_THREADS, 2) kl_product_kernel(const KlJob j
     if (thread < 2) seen[thread] = 0;
     __syncthreads();
     typename Block::Sums sums = {};
-    bool again = false;
+    int again = 0;
     do {
       for (int e = 0; e < count; e += S::KB) {
         block.build(n, e, count);
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(KL_THREADS, 2) kl_product_kernel(const KlJob j
           block.flush(sums, done == 0 && next <= STEPS_OF_SUM * S::KB);
         }
       }
-      again = ONLINE && !again && seen[Block::FAR_ABOVE];  // the same for all threads
+      // The same for all threads; recomputed(), or nvcc makes a second loop for the second time.
+      again = ONLINE && !recomputed(again) && seen[Block::FAR_ABOVE];
       if (again) {
         block.drop(sums);
         block.find_from(n, true);
