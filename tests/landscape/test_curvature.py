@@ -24,6 +24,15 @@ EXACT = {"tolerance": 1e-9}
 SIGNS = {"members": M, "r_init": "normal", "s_init": "normal", "bias": True}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny products: on a busy machine waiting threads would take minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def plain():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
