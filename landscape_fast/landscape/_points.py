@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from landscape_fast.methods.sweep import sweep
+from landscape_fast.methods.sweep import exact_accuracy, sweep
 from landscape_fast.nn.flat import FlatLayout, Source
 from landscape_fast.ops import combine
 from landscape_fast.ops._checks import require, whole
@@ -76,7 +76,7 @@ def score_points(
         **options,
     )
     loss = found.loss[A:].double()
-    accuracy = (found.accuracy[A:].double() * len(y)).round() / len(y)  # exact again, as counts are
+    accuracy = exact_accuracy(found.accuracy[A:], len(y))
     agreement = loss.new_empty(A, len(coeffs))
     for a in range(A):
         agreement[a] = (found.labels[A:] == found.labels[a]).sum(1).double() / len(y)

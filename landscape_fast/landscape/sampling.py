@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from landscape_fast.landscape.samplers import SubspaceSampler
 from landscape_fast.methods.seeds import stream_seed
-from landscape_fast.methods.sweep import sweep
+from landscape_fast.methods.sweep import exact_accuracy, sweep
 from landscape_fast.ops._checks import require, whole
 
 # Numbers of the draws of one try: those of the next begin here, whatever the count.
@@ -133,7 +133,7 @@ def sample_accepted(
         rows = _rows(sampler, seed, wanted, attempt, drawn)
         label = f"samples, try {attempt + 1} of {tries}"
         found = sweep(model, rows, len(wanted), x, y, label=label, **options)
-        accuracy = _exact(found.accuracy, len(y))
+        accuracy = exact_accuracy(found.accuracy, len(y))
         best = max(best, float(accuracy.max()))
         for place in (accuracy >= threshold).nonzero()[:, 0].tolist():
             logits = found.logits[place] if keep_logits else None
@@ -225,7 +225,7 @@ def scale_for_accuracy(
 
         label = f"samples at scale {scale:.3g}"
         found = sweep(model, rows, samples, x, y, label=label, **options)
-        return float(_exact(found.accuracy.double().mean(), samples * len(y)))
+        return float(exact_accuracy(found.accuracy.double().mean(), samples * len(y)))
 
     low, high = map(float, scales)
     at_high = mean(high)
@@ -242,11 +242,6 @@ def scale_for_accuracy(
         else:
             high = middle
     return ScaleFound(low, accuracy, True)
-
-
-def _exact(accuracy: Tensor, rows: int) -> Tensor:
-    """Accuracies in float64: 7 of 10 rows must not miss a threshold of 0.7 by rounding."""
-    return (accuracy.double() * rows).round() / rows
 
 
 def _collected(sampler, seed, kept, taken, best, no_logits) -> Accepted:
