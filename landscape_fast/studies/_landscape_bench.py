@@ -23,7 +23,7 @@ from landscape_fast.landscape import (
 from landscape_fast.methods import predict, sweep
 from landscape_fast.methods.checkpoint import describe_model
 from landscape_fast.methods.splits import stratified_split
-from landscape_fast.methods.sweep import Sweep
+from landscape_fast.methods.sweep import Sweep, exact_accuracy
 from landscape_fast.nn import StackedEnsemble, recalibrate_
 from landscape_fast.nn.flat import FlatLayout
 from landscape_fast.nn.statistics import batch_norms
@@ -150,7 +150,7 @@ class Bench:
     def validation_accuracy(self) -> Tensor:
         """[R] float64, of the trained networks on the validation rows."""
         found = self.measure(self.weights, self.validation, "validation of trained networks")
-        return found.accuracy.double()
+        return exact_accuracy(found.accuracy, len(self.validation.y))
 
     # Checkpoints of the trajectories.
 

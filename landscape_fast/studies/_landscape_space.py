@@ -8,6 +8,7 @@ from torch import Tensor
 
 from landscape_fast.landscape import PlaneMap, project, radial_map
 from landscape_fast.landscape._points import Points, score_points
+from landscape_fast.methods.sweep import exact_accuracy
 from landscape_fast.nn.geometry import Plane, radial_plane
 from landscape_fast.ops import gram
 from landscape_fast.studies._landscape_bench import Bench, Rows
@@ -98,7 +99,7 @@ def measure_starts(bench: Bench) -> Starts:
     for r in range(bench.R):
         found = bench.sweep(line_of(bench, r, t), count, bench.train, f"line from start {r}")
         losses.append(found.loss.double())
-        accuracies.append(found.accuracy.double())
+        accuracies.append(exact_accuracy(found.accuracy, len(bench.train.y)))
     return Starts(t, torch.stack(losses), torch.stack(accuracies))
 
 

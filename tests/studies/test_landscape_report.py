@@ -124,6 +124,15 @@ def test_samples_are_accepted_on_rows_that_they_are_not_measured_on(bench):
     assert not torch.equal(other.accuracy, again.accuracy)
 
 
+def test_accuracies_are_ratios_of_counts(done, bench, run):
+    """In float32 0.6 is above 0.6: a sample that loses all that it may would be refused."""
+    labels = torch.cat([predict(n, bench.validation.x) for n in run.networks]).argmax(-1)
+    exact = (labels == bench.validation.y).double().mean(1)
+    assert torch.equal(bench.validation_accuracy, exact)
+    counts = [row["accuracy"] * len(bench.train.y) for row in done[0]["tables"]["starts"]]
+    assert all(abs(count - round(count)) < 1e-12 for count in counts)
+
+
 def test_samples_need_checkpoints_for_gaussians_alone(bench):
     before = replace(bench.run, trajectories=None)
     without = Bench(before, TINY, bench.scratch, progress=False)
