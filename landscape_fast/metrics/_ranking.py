@@ -25,6 +25,11 @@ class Ranking(NamedTuple):
     stop: Tensor
     undefined: Tensor
 
+    @property
+    def unmarked(self) -> Tensor:
+        """[N + 1] int64, rows without a mark among the first k."""
+        return torch.arange(len(self.marked), device=self.marked.device) - self.marked
+
     def known(self, value: Tensor) -> Tensor:
         """`value`, or NaN if a score is."""
         return torch.where(self.undefined, float("nan"), value)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast.metrics._ranking import Ranking, ranking
-from landscape_fast.ops._checks import FLOATS, check_tensor, require
+from landscape_fast.ops._checks import check_tensor, require
 
 KINDS = ("entropy", "max_probability", "mutual_information", "energy")
 
@@ -199,7 +199,7 @@ def ood_scores(logits: Tensor, kind: str = "entropy") -> Tensor:
         tensor([0.6919], dtype=torch.float64)
     """
     op = "ood_scores"
-    check_tensor(op, "logits", logits, "M, N, C", (None, None, None), dtypes=FLOATS)
+    check_tensor(op, "logits", logits, "M, N, C", (None, None, None))
     M, _, C = logits.shape
     rule = "[M, N, C] with M and C at least 1"
     require(M > 0 and C > 0, op, "logits", rule, list(logits.shape))
@@ -225,7 +225,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def _auroc(r: Ranking) -> Tensor:
-    missed = torch.arange(len(r.marked), device=r.marks.device) - r.marked  # negatives so far
+    missed = r.unmarked  # negatives so far
     positives, negatives = r.marked[-1], missed[-1]
     # of each positive: the negatives below it twice, those beside it once
     won = 2 * negatives - missed[r.stop] - missed[r.start]
@@ -238,9 +238,9 @@ def _aupr(r: Ranking) -> Tensor:
 
 
 def _fpr(r: Ranking, recall: float) -> Tensor:
-    positives = r.marked[-1]
-    negatives = len(r.marks) - positives
+    missed = r.unmarked  # negatives so far
+    positives, negatives = r.marked[-1], missed[-1]
     enough = r.marked[r.stop].double() / positives >= recall
-    above = torch.where(enough, r.stop - r.marked[r.stop], negatives).min()
+    above = torch.where(enough, missed[r.stop], negatives).min()
     nothing = torch.where(positives > 0, 0.0, float("nan"))
     return r.known(above.double() / negatives + nothing)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.metrics._ranking import Ranking, ranking
+from landscape_fast.metrics._ranking import ranking
 from landscape_fast.ops._checks import require
 
 
@@ -58,14 +58,14 @@ def risk_coverage(confidence: Tensor, right: Tensor) -> RiskCoverage:
         >>> curve.aurc, curve.eaurc
         (tensor(0.2778, dtype=torch.float64), tensor(0.1667, dtype=torch.float64))
     """
-    r = _by_confidence("risk_coverage", confidence, right)
+    r = ranking("risk_coverage", "confidence", confidence, "right", right)
     answered = torch.arange(1, len(confidence) + 1, device=confidence.device)
-    before, after, size = r.marked[r.start], r.marked[r.stop], r.stop - r.start
+    errors = r.unmarked  # so far
+    before, after, size = errors[r.start], errors[r.stop], r.stop - r.start
     # in integers: a risk is rounded once, as the best one is, and never below it
     wrong_by_size = before * size + (after - before) * (answered - r.start)
     risk = r.known(wrong_by_size.double() / (size * answered))
-    wrong = r.marked[-1]
-    best = (answered - (len(confidence) - wrong)).clamp(min=0).double() / answered
+    best = (answered - r.marked[-1]).clamp(min=0).double() / answered
     return RiskCoverage(
         answered.double() / len(confidence), risk, risk.mean(), (risk - best).mean()
     )
@@ -101,13 +101,6 @@ def coverage_at_risk(confidence: Tensor, right: Tensor, risk: float) -> Tensor:
     op = "coverage_at_risk"
     good = isinstance(risk, (int, float)) and 0 <= risk <= 1
     require(good, op, "risk", "a fraction in [0, 1]", risk)
-    r = _by_confidence(op, confidence, right)
-    low = r.marked[r.stop].double() / r.stop <= risk
-    return r.known((r.stop * low).max().double() / len(confidence))
-
-
-def _by_confidence(op: str, confidence: Tensor, right: Tensor) -> Ranking:
-    """Rows by falling confidence; the wrong ones are marked."""
     r = ranking(op, "confidence", confidence, "right", right)
-    wrong = torch.arange(len(r.marked), device=r.marks.device) - r.marked
-    return r._replace(marks=~r.marks, marked=wrong)
+    low = r.unmarked[r.stop].double() / r.stop <= risk
+    return r.known((r.stop * low).max().double() / len(confidence))
