@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from landscape_fast.metrics.reliability import check_predictions
 from landscape_fast.ops._checks import require, whole
 
 
@@ -83,6 +84,12 @@ class RowsMetric(EnsembleMetric):
         super().__init__(**kwargs)
         for name in self.rows:
             self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, probabilities: Tensor, targets: Tensor) -> None:
+        """Adds probabilities [N, C], whose largest is the confidence, and targets [N]."""
+        check_predictions(self.op, probabilities, targets)
+        confidence, labels = probabilities.max(1)
+        self.add_rows(confidence, labels == targets)
 
     def add_rows(self, scores: Tensor, marks: Tensor) -> None:
         """[N] floats and [N] bools."""

@@ -182,12 +182,6 @@ class AdaptiveCalibrationError(RowsMetric):
         require(norm in NORMS, self.op, "norm", "'l1', 'l2' or 'max'", repr(norm))
         self.bins, self.norm = bins, norm
 
-    def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Adds probabilities [N, C] and targets [N]; two numbers of each row are kept."""
-        check_predictions(self.op, probabilities, targets)
-        confidence, labels = probabilities.max(1)
-        self.add_rows(confidence, labels == targets)
-
     def figures(self, scores: Tensor, marks: Tensor) -> Tensor:
         _, *sums = bin_sums(scores[None], marks[None], self.bins, True)
         return error_of(*sums, self.norm)[0]
@@ -206,12 +200,6 @@ class SelectivePrediction(RowsMetric):
     """
 
     higher_is_better = False
-
-    def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Adds probabilities [N, C], whose largest is the confidence, and targets [N]."""
-        check_predictions(self.op, probabilities, targets)
-        confidence, labels = probabilities.max(1)
-        self.add_rows(confidence, labels == targets)
 
     def figures(self, scores: Tensor, marks: Tensor) -> dict[str, Tensor]:
         found = risk_coverage(scores, marks)
