@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from landscape_fast.landscape import OodReport, SizeCurve, lower_limit, upper_limit
 from landscape_fast.studies._criteria import criterion
@@ -68,7 +69,7 @@ def judge_likeness(found: Likeness) -> list[dict[str, Any]]:
     ratio = None
     if within and across:
         ratio = float(min(across)) / max(float(max(within)), 1e-12)
-    near, far = clusters(found)[::-1]
+    far, near = clusters(found)
     why = ONE_RUN if R == 1 else NO_LATE
     return [
         claim(
@@ -99,9 +100,7 @@ def judge_diversity(found: Sequence[Diversity], classes: int) -> list[dict[str, 
     ratios, excess, short, rmse = [], [], [], []
     for each in found:
         accuracy, away = (torch.cat([p[k] for p in each.points.values()]) for k in (1, 2))
-        near = accuracy >= each.accuracy - NEAR - 1e-9  # a loss of NEAR, but for rounding
-        best = (away / (1 - accuracy).clamp(min=1e-12))[near & (accuracy < 1)]
-        others = each.optima[1] / (1 - each.optima[0]).clamp(min=1e-12)
+        best, others = near_diversity(each, accuracy, away), run_diversity(each)
         told = len(best) and len(others) and float(others.mean()) > 0
         ratios.append(float(best.max() / others.mean()) if told else None)
         accuracy, away = (torch.cat(p) for p in zip((accuracy, away), each.optima, strict=True))
@@ -133,6 +132,17 @@ def judge_diversity(found: Sequence[Diversity], classes: int) -> list[dict[str, 
             lambda v: v <= FAMILY, "no sample differs from its solution",
         ),
     ]  # fmt: skip
+
+
+def near_diversity(found: Diversity, accuracy: Tensor, away: Tensor) -> Tensor:
+    """Disagreement by error of the samples that lose at most NEAR, but for rounding."""
+    kept = (accuracy >= found.accuracy - NEAR - 1e-9) & (accuracy < 1)
+    return (away / (1 - accuracy))[kept]
+
+
+def run_diversity(found: Diversity) -> Tensor:
+    """Disagreement by error of the other runs."""
+    return found.optima[1] / (1 - found.optima[0]).clamp(min=1e-12)
 
 
 def judge_sizes(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from landscape_fast.landscape import OodReport, SizeCurve
-from landscape_fast.studies._landscape_claims import mean_js
+from landscape_fast.studies._landscape_claims import mean_js, near_diversity, run_diversity
 from landscape_fast.studies._landscape_figures import mean_auroc
 from landscape_fast.studies._landscape_measure import Diversity, Samples
 from landscape_fast.studies._landscape_shift import Shift, mean_over_runs
@@ -82,16 +82,16 @@ def sample_rows(found: dict[str, Samples]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def fit_rows(found: Sequence[Diversity], near: float) -> list[dict[str, Any]]:
+def fit_rows(found: Sequence[Diversity]) -> list[dict[str, Any]]:
     """The fitted family of every run, and the most diverse sample of each way that is accurate."""
     rows = []
     for each in found:
-        others = each.optima[1] / (1 - each.optima[0]).clamp(min=1e-12)
+        others = run_diversity(each)
         best = []
         for way, (_, accuracy, away) in each.points.items():
-            kept = (accuracy >= each.accuracy - near) & (accuracy < 1)
-            if kept.any():
-                best.append(f"{way} {float((away / (1 - accuracy))[kept].max()):.2f}")
+            near = near_diversity(each, accuracy, away)
+            if len(near):
+                best.append(f"{way} {float(near.max()):.2f}")
         rows.append({
             "run": each.run,
             "accuracy": each.accuracy,

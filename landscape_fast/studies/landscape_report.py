@@ -176,7 +176,7 @@ def _tables(bench: Bench, found: dict[str, Any]) -> dict[str, list[dict[str, Any
     made = {
         "ensembles": tables.variant_rows(found["sizes"], found["samples"]),
         "samples": tables.sample_rows(found["samples"]),
-        "diversity": tables.fit_rows(found["diversity"], claims.NEAR),
+        "diversity": tables.fit_rows(found["diversity"]),
     }
     if found["shift"] is not None:
         made["corruption"] = tables.shift_rows(found["shift"])

@@ -11,6 +11,7 @@ from landscape_fast.studies import _landscape_claims as claims
 from landscape_fast.studies._landscape_measure import Diversity, Likeness
 from landscape_fast.studies._landscape_pages import counted
 from landscape_fast.studies._landscape_shift import SINGLE, Shift
+from landscape_fast.studies._landscape_tables import fit_rows
 
 
 def likeness(disagreement, distances, cosine=None):
@@ -74,6 +75,7 @@ def test_a_loss_of_just_the_margin_is_compared():
     plane = around(0.0, 0.05, 0.2)
     plane.points["random"] = (torch.ones(1), exactly, torch.tensor([0.05]))
     assert claims.judge_diversity([plane], 10)[0]["verdict"] == "pass"
+    assert fit_rows([plane])[0]["best"] == "random 0.24"
 
 
 def test_a_solution_at_chance_has_no_lower_limit():
