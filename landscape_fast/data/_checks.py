@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+SEVERITIES = (1, 2, 3, 4, 5)
 LEAST = 8  # pixels of a side, those of a JPEG block
 _SCALE = 'load them with scale="unit"'
 
@@ -12,6 +13,12 @@ def need(ok: bool, op: str, argument: str, rule: str, got, remedy: str = "") -> 
     if not ok:
         remedy = f"; {remedy}" if remedy else ""
         raise ValueError(f"{op}: {argument} must be {rule}; got {got}{remedy}")
+
+
+def check_severity(op: str, severity: int) -> None:
+    """Raises unless it is one of `SEVERITIES`, as an integer."""
+    whole = isinstance(severity, int) and not isinstance(severity, bool)
+    need(whole and severity in SEVERITIES, op, "severity", "1, 2, 3, 4 or 5", repr(severity))
 
 
 def check_images(op: str, images: Tensor, least: int = LEAST) -> None:

@@ -13,23 +13,24 @@ def wrong(op: str, path: Path, rule: str, got: str, remedy: str) -> ValueError:
     return ValueError(f"{op}: {path} must {rule}; got {got}; {remedy}")
 
 
-def find_folder(op: str, root: str | Path, below: tuple[str, ...], first: tuple[str, ...]) -> Path:
+def find_folder(
+    op: str, root: str | Path, below: tuple[str, ...], first: tuple[str, ...], remedy: str
+) -> Path:
     """The first of `root` and its sub-folders `below` that holds a file named in `first`.
 
     Raises:
-        FileNotFoundError: if `root` is no folder, or none of them holds one; the message ends
-        there, for the caller's remedy.
+        FileNotFoundError: if `root` is no folder, or none of them holds one.
     """
     root = Path(root)
     if not root.is_dir():
         got = "a file" if root.exists() else "no such folder"
-        raise FileNotFoundError(f"{op}: root must be a folder; got {str(root)!r}, {got}")
+        raise FileNotFoundError(f"{op}: root must be a folder; got {str(root)!r}, {got}; {remedy}")
     for folder in (root, *(root / name for name in below)):
         if any((folder / name).is_file() for name in first):
             return folder
     places = " or ".join(str(folder) for folder in (root, *(root / name for name in below)))
     there = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-    raise FileNotFoundError(f"{op}: {first[0]} must be in {places}; got {there}")
+    raise FileNotFoundError(f"{op}: {first[0]} must be in {places}; got {there}; {remedy}")
 
 
 def find_file(op: str, root: str | Path, folder: Path, names: tuple[str, ...], remedy: str) -> Path:

@@ -140,13 +140,10 @@ def _load(layout: _Layout, root: str | Path, scale: str, records: dict) -> Datas
 
 
 def _folder(layout: _Layout, root: Path) -> Path:
-    try:
-        return find_folder(layout.op, root, (layout.folder,), (*layout.files, layout.meta))
-    except FileNotFoundError as error:
-        remedy = layout.remedy
-        if (root / layout.pickled).is_dir():
-            remedy = "that is the pickled version, which is not read; " + remedy
-        raise FileNotFoundError(f"{error}; {remedy}") from None
+    remedy, files = layout.remedy, (*layout.files, layout.meta)
+    if (root / layout.pickled).is_dir():
+        remedy = "that is the pickled version, which is not read; " + remedy
+    return find_folder(layout.op, root, (layout.folder,), files, remedy)
 
 
 def _names(layout: _Layout, path: Path) -> tuple[str, ...]:

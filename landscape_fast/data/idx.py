@@ -51,10 +51,8 @@ def mnist(
         known = ", ".join(map(repr, CLASSES))
         raise ValueError(f"mnist: name must be one of {known}; got {name!r}; or pass classes=")
     first = _both("train-images-idx3-ubyte")
-    try:
-        folder = find_folder("mnist", root, (name, f"{name}/raw", "raw"), first)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; copy the four official files there") from None
+    places = (name, f"{name}/raw", "raw")
+    folder = find_folder("mnist", root, places, first, "copy the four official files there")
     parts = []
     for part in ("train", "t10k"):
         files = []

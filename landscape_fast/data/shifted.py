@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape_fast.data._checks import check_images, need
+from landscape_fast.data._checks import SEVERITIES, check_images, check_severity, need
 from landscape_fast.data._files import find_file, find_folder, wrong
 from landscape_fast.data.corruptions import CORRUPTIONS, corrupt
 from landscape_fast.data.dataset import check_scale, scaled
 
-SEVERITIES = (1, 2, 3, 4, 5)
 _LABELS = "labels.npy"
 _FOLDERS = ("CIFAR-10-C", "CIFAR-100-C")
 _REMEDY = "unpack CIFAR-10-C.tar of https://zenodo.org/records/2535967 again"
@@ -42,7 +41,7 @@ def cifar_c(
     """
     op = "cifar_c"
     check_scale(op, scale)
-    _check_severity(op, severity)
+    check_severity(op, severity)
     folder = _folder(op, root)
     file = _find(op, root, folder, name)
     images = _images(op, file, _REMEDY)
@@ -142,26 +141,16 @@ def cifar10_1(
     op = "cifar10_1"
     check_scale(op, scale)
     need(version in ("v4", "v6"), op, "version", "'v4' or 'v6'", repr(version))
-    names = [f"cifar10.1_{version}_{kind}.npy" for kind in ("data", "labels")]
-    try:
-        folder = find_folder(op, root, ("datasets", "CIFAR-10.1"), tuple(names))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {_REMEDY_1}") from None
+    names = tuple(f"cifar10.1_{version}_{kind}.npy" for kind in ("data", "labels"))
+    folder = find_folder(op, root, ("datasets", "CIFAR-10.1"), names, _REMEDY_1)
     files = [find_file(op, root, folder, (name,), _REMEDY_1) for name in names]
     images = _images(op, files[0], _REMEDY_1)
     return _tensors(images, _labels(op, files[1], len(images), _REMEDY_1), scale)
 
 
-def _check_severity(op: str, severity: int) -> None:
-    whole = isinstance(severity, int) and not isinstance(severity, bool)
-    need(whole and severity in SEVERITIES, op, "severity", "1, 2, 3, 4 or 5", repr(severity))
-
-
 def _folder(op: str, root: str | Path) -> Path:
-    try:
-        return find_folder(op, root, _FOLDERS, (_LABELS,))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {_REMEDY}, or make such arrays with save_c") from None
+    remedy = f"{_REMEDY}, or make such arrays with save_c"
+    return find_folder(op, root, _FOLDERS, (_LABELS,), remedy)
 
 
 def _find(op: str, root: str | Path, folder: Path, name: str) -> Path:

@@ -36,10 +36,7 @@ def svhn(root: str | Path, *, scale: str = "unit", train: bool = True) -> Datase
     """
     check_scale("svhn", scale)
     names = (_TRAIN, _TEST) if train else (_TEST,)
-    try:
-        folder = find_folder("svhn", root, ("SVHN", "svhn"), names)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {_REMEDY}") from None
+    folder = find_folder("svhn", root, ("SVHN", "svhn"), names, _REMEDY)
     paths = [find_file("svhn", root, folder, (name,), _REMEDY) for name in names]
     parts = [_read(path) for path in paths]
     if not train:
