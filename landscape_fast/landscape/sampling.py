@@ -201,7 +201,7 @@ def scale_for_accuracy(
     Raises:
         ValueError: if an argument breaks its rule.
 
-    Cost: (steps + 2) * samples passes over x.
+    Cost: at most (steps + 2) * samples passes over x.
 
     Example:
         >>> from landscape_fast.landscape import WeightDropout

@@ -231,7 +231,7 @@ def cluster_distances(distances: Tensor, run: Tensor, late: Tensor) -> ClusterDi
         has two late checkpoints.
 
     Raises:
-        TypeError: if an argument is no tensor.
+        TypeError: if `distances` is no tensor.
         ValueError: if the shapes disagree or `late` is not bool.
     """
     op = "cluster_distances"

@@ -71,9 +71,9 @@ def size_curves(
     Raises:
         TypeError: if a value is no tensor.
         ValueError: if shapes or sizes do not fit, or there are more than 20,000 subsets.
-        IndexError: if a target is no class.
+        IndexError: if a target is out of range, as in `ops.ensemble_summary`.
 
-    Cost: S * R * N * C exponentials; then, for every subset, one addition to a smaller one (of
+    Cost: 2 * S * R * N * C exponentials; then, for every subset, one addition to a smaller one (of
         probabilities, in logarithms, so that none underflows) and one `summary_sums`: with R
         solutions and all sizes (2^R - 1) * N * C of each. No network is evaluated.
 

@@ -1,6 +1,6 @@
 """What an ensemble predicts, in numbers: diversity, calibration, detection, selective prediction.
 
-`functional` has every measure as a function of tensors, `torchmetrics` the same as `Metric`
+`functional` has every measure as a function of tensors, `torchmetrics` most of them as `Metric`
 classes; that module loads on first use and needs `pip install 'landscape-fast[metrics]'`.
 """
 

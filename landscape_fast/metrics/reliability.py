@@ -15,7 +15,7 @@ class ReliabilityBins(NamedTuple):
     """Rows sorted by confidence into bins, (edge, next edge].
 
     Attributes:
-        edges: [bins + 1], from 0 to 1; nan among the inner ones if a confidence is nan.
+        edges: [bins + 1], from 0 to 1; of equal mass, those at a confidence of nan are nan.
         counts: [bins] int64, rows in each bin.
         accuracy: [bins], fraction of right answers; nan in an empty bin.
         confidence: [bins], mean confidence; nan in an empty bin.

@@ -1,6 +1,6 @@
 """Metrics of evaluations whose logits never fit in memory together: batch by batch, then merged.
 
-What is kept are float64 sums, [M, M] for each divergence and a few dozen numbers per member for a
+What is kept are float64 sums, [M, M] for each divergence and 3 + bins numbers per member for a
 summary, whatever the number of examples. Sums add up where means do not, so parts of an evaluation
 may be accumulated anywhere, in any sizes, and merged.
 """
