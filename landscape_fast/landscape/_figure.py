@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from landscape_fast.ops._checks import require, shape_rule
@@ -84,13 +83,14 @@ def method_colour(method: str, place: int = 0) -> str:
     return COLOURS.get(method, _MORE_COLOURS[place % len(_MORE_COLOURS)])
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, drawn by Agg, unknown to pyplot."""
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """A figure of this size in inches under its title, drawn by Agg, unknown to pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height + (0.3 if title else 0)), layout="constrained")
     FigureCanvasAgg(figure)
+    add_title(figure, title)
     return figure
 
 
@@ -135,9 +135,9 @@ def series_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def numbers(values: Tensor | Sequence[float]) -> np.ndarray:
     """The values in float64, in their own shape."""
-    if not isinstance(values, Tensor):
-        values = torch.from_numpy(np.array(values, dtype=np.float64))
-    return values.detach().double().cpu().numpy()
+    if isinstance(values, Tensor):
+        values = values.detach().double().cpu().numpy()
+    return np.array(values, dtype=np.float64)
 
 
 def checked(values, op: str, argument: str, letters: str, *sizes: int | None) -> np.ndarray:

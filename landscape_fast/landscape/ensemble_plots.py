@@ -10,7 +10,6 @@ from torch import Tensor
 
 from landscape_fast.landscape._figure import (
     DARK,
-    add_title,
     checked,
     label_axes,
     legend_below,
@@ -129,7 +128,12 @@ def ood_bars(
         label: {m: _bar_values(groups, sets, m) for m in methods}
         for label, groups in panels.items()
     }
-    return _grouped_bars(shown, sets, ("data", "method"), "", title)
+    return with_rows(_grouped_bars(shown, sets, "", title), [
+        {"quantity": label, "data": name, "method": method, "value": value,
+         "spread": spread if np.isfinite(spread) else None}
+        for label, series in shown.items() for method, bars in series.items()
+        for name, (value, spread) in zip(sets, bars, strict=True) if np.isfinite(value)
+    ])  # fmt: skip
 
 
 @styled
@@ -170,9 +174,9 @@ def init_shuffle_bars(
         some = found[name].shape[1] >= 1
         require(some, op, f"disagreement of {name!r}", "of at least one repeat", "none")
     label = "Disagreement (% of rows)"
-    bars = {name: [100 * row for row in value] for name, value in found.items()}
+    bars = {name: 100 * value for name, value in found.items()}
     names = [f"{float(rate):g}" for rate in rates]
-    figure = _grouped_bars({label: bars}, names, ("", ""), "Learning rate", title)
+    figure = _grouped_bars({label: bars}, names, "Learning rate", title)
     return with_rows(figure, [
         {"rate": float(rate), "setting": name, "repeat": n, "disagreement": float(d)}
         for name, value in found.items() for rate, row in zip(rates, value, strict=True)
@@ -222,14 +226,13 @@ def cycle_comparison(
             for name, value in panels[panel].items()
             for n, d in enumerate(value)
         ]
-    figure = new_figure(1.4 + 3.6 * len(panels), 3.9 + (0.3 if title else 0))
+    figure = new_figure(1.4 + 3.6 * len(panels), 3.9, title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     styles = series_styles(name for groups in panels.values() for name in groups)
     for axis, (panel, groups) in zip(axes, panels.items(), strict=True):
         _groups(axis, groups, styles)
         axis.set_title(panel)
     axes[0].set_ylabel("Disagreement (% of rows)")
-    add_title(figure, title)
     return with_rows(figure, rows)
 
 
@@ -240,7 +243,7 @@ def _series_panels(op: str, panels, xlabel: str, position: str, title: str) -> F
     rows, handles = [], {}
     width = max(4.2 * len(panels), 5.6)
     height = 3.5 + legend_height([method_name(name) for name in styles], width)
-    figure = new_figure(width, height + (0.3 if title else 0))
+    figure = new_figure(width, height, title)
     figure.get_layout_engine().set(w_pad=0.08)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (quantity, series) in zip(axes, panels.items(), strict=True):
@@ -264,30 +267,30 @@ def _series_panels(op: str, panels, xlabel: str, position: str, title: str) -> F
         if len(places) <= 12:
             axis.set_xticks(places, [f"{place:g}" for place in places])
     legend_below(figure, [handles[name] for name in styles])
-    add_title(figure, title)
     return with_rows(figure, rows)
 
 
 def _bar_values(groups: Mapping, sets: Sequence[str], method: str) -> list[tuple]:
-    pairs = (groups.get(name, {}).get(method, float("nan")) for name in sets)
-    return [tuple(pair) if isinstance(pair, tuple | list) else (pair, None) for pair in pairs]
+    """(value, spread) of a method in each set; nan for what is not known."""
+    given = (groups.get(name, {}).get(method, np.nan) for name in sets)
+    pairs = (pair if isinstance(pair, tuple | list) else (pair, None) for pair in given)
+    return [(float(v), np.nan if spread is None else float(spread)) for v, spread in pairs]
 
 
-def _grouped_bars(panels, groups: Sequence[str], keys: tuple, xlabel: str, title: str) -> Figure:
-    """Panels of {series: one entry per group}: (value, spread or None), or an array of repeats."""
+def _grouped_bars(panels, groups: Sequence[str], xlabel: str, title: str) -> Figure:
+    """Panels of {series: one entry per group}: (value, spread or nan), or an array of repeats."""
     styles = series_styles(name for series in panels.values() for name in series)
     wide = max(6.0, 1.4 + 0.5 * len(styles) * len(groups))
     wide, crowded = min(wide, 14.0), len(styles) * len(groups) > 12
     tall = 3.2 * len(panels) + legend_height([method_name(name) for name in styles], wide)
-    figure = new_figure(wide, tall + (0.3 if title else 0))
+    figure = new_figure(wide, tall, title)
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     width = 0.84 / len(styles)
-    rows, handles = [], {}
+    handles = {}
     for axis, (label, series) in zip(axes, panels.items(), strict=True):
         for place, (name, style) in enumerate(styles.items()):
-            entries = series.get(name, [])
-            at = np.arange(len(entries)) + width * (place - (len(styles) - 1) / 2)
-            means, spreads, dots = _summary(entries)
+            at = np.arange(len(groups)) + width * (place - (len(styles) - 1) / 2)
+            means, spreads, dots = _summary(series[name])
             handles[name] = axis.bar(
                 at, means, 0.9 * width, color=style["color"], edgecolor="white", linewidth=0,
                 hatch=_HATCHES[place % len(_HATCHES)], label=method_name(name),
@@ -305,20 +308,13 @@ def _grouped_bars(panels, groups: Sequence[str], keys: tuple, xlabel: str, title
                         text, (x, high), xytext=(0, 5), textcoords="offset points", ha="center",
                         fontsize=8, rotation=90 if crowded else 0,
                     )  # fmt: skip
-            rows += [
-                {"quantity": label, keys[0]: group, keys[1]: name, "value": mean,
-                 "spread": spread if np.isfinite(spread) else None}
-                for group, mean, spread in zip(groups, means, spreads, strict=True)
-                if np.isfinite(mean)
-            ]  # fmt: skip
         axis.set_xticks(range(len(groups)), groups)
         axis.margins(y=0.2 if crowded else 0.12)
         axis.set_ylim(bottom=0)
         label_axes(axis, xlabel if axis is axes[-1] else "", label, "y")
         axis.tick_params(axis="x", length=0)
     legend_below(figure, handles.values())
-    add_title(figure, title)
-    return with_rows(figure, rows)
+    return figure
 
 
 def _summary(entries) -> tuple[list[float], list[float], list]:
@@ -326,8 +322,8 @@ def _summary(entries) -> tuple[list[float], list[float], list]:
     means, spreads, dots = [], [], []
     for entry in entries:
         if isinstance(entry, tuple):
-            means.append(float(entry[0]))
-            spreads.append(float("nan") if entry[1] is None else float(entry[1]))
+            means.append(entry[0])
+            spreads.append(entry[1])
             dots.append([])
         else:
             means.append(float(np.mean(entry)))

@@ -15,7 +15,6 @@ from landscape_fast.landscape._figure import (
     NO_VALUE,
     SERIES_COLOURS,
     SERIES_MARKERS,
-    add_title,
     checked,
     method_name,
     new_figure,
@@ -83,9 +82,9 @@ def similarity_maps(
     disagreement = checked(disagreement, op, "disagreement", "S, S", count, count)
     if epochs is not None:
         epochs = checked(epochs, op, "epochs", "S", count)
-    figure = new_figure(11.4, 4.9 + (0.3 if title else 0))
+    figure = new_figure(11.4, 4.9, title)
     axes = figure.subplots(1, 2)
-    low = min(0.0, float(np.nanmin(cosine, initial=0.0)))
+    low = float(np.nanmin(cosine, initial=0.0))
     _square(axes[0], cosine, (low, 1.0), "Cosine similarity of the weights", "viridis")
     late = np.array([s not in starts for s in range(count)])
     off = 100 * disagreement[late[:, None] & late & ~np.eye(count, dtype=bool)]
@@ -97,7 +96,6 @@ def similarity_maps(
     for axis, value, unit in ((axes[0], cosine, ""), (axes[1], 100 * disagreement, " %")):
         _runs(axis, runs, starts, epochs)
         axis.set_title(_within_across(value, np.array(runs), unit), fontsize=10)
-    add_title(figure, title)
     cells = [(i, j) for i in range(count) for j in range(i, count)]
     at = [None] * count if epochs is None else epochs.tolist()
     return with_rows(figure, [
@@ -160,8 +158,8 @@ def function_map(
         require(not others, op, f"runs of {name!r}", rule, others)
 
     below = textwrap.fill(criterion, 100)
-    height = 5.6 + (0.3 if title else 0) + 0.16 * len(below.splitlines())
-    figure = new_figure(8.0 if clouds else 6.9, height)
+    height = 5.6 + 0.16 * len(below.splitlines())
+    figure = new_figure(8.0 if clouds else 6.9, height, title)
     axis = figure.subplots()
     span = max(float(np.ptp(when)), 1e-12)
     handles = []
@@ -193,7 +191,6 @@ def function_map(
     figure.legend(handles=handles, loc="outside right center", fontsize=9)
     if below:
         figure.supxlabel(below, fontsize=9, color=DARK)
-    add_title(figure, title)
     rows = [("checkpoint", int(runs[s]), float(when[s]), *points[s].tolist()) for s in range(count)]
     for name, (where, around) in clouds.items():
         rows += [(name, int(r), None, *w.tolist()) for r, w in zip(around, where, strict=True)]
@@ -249,16 +246,14 @@ def diversity_plane(
     low, high = float(np.nanmin(everything)), float(np.nanmax(everything))
     margin = max(0.12 * (high - low), 0.05 * (1 - low), 0.002)
     left, right = max(0.0, low - margin), min(1.0, high + margin)
-    figure = new_figure(8.4, 5.2 + (0.3 if title else 0))
+    figure = new_figure(8.4, 5.2, title)
     axis = figure.subplots()
     top = draw_limits(axis, left, right, reference_accuracy, classes)
     _families(axis, reference_accuracy, classes, exponents, fit)
     style = {"linewidths": 0.6, "edgecolors": "white", "zorder": 4}
     for name, look in series_styles(ways).items():
-        top = max(
-            top,
-            _cloud(axis, ways[name], method_name(name), s=42, alpha=0.85, **_look(look), **style),
-        )
+        style |= {"color": look["color"], "marker": look["marker"]}
+        top = max(top, _cloud(axis, ways[name], method_name(name), s=42, alpha=0.85, **style))
     style = {"linewidths": 0.9, "edgecolors": DARK, "zorder": 5, "marker": "*", "color": _RED}
     if optima is not None:
         top = max(top, _cloud(axis, stars, "Independent runs", s=210, **style))
@@ -270,7 +265,6 @@ def diversity_plane(
     )
     axis.grid(True)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, labelspacing=0.7)
-    add_title(figure, title)
     rows = [
         {"way": name, "accuracy": float(a), "disagreement": float(d), "normalised": _ratio(a, d)}
         for name, pair in {
@@ -284,7 +278,7 @@ def diversity_plane(
 
 
 def _families(axis: Axes, reference_accuracy: float, classes: int, exponents, fit) -> None:
-    p = torch.cat([torch.zeros(1), torch.logspace(-6, 0, 400, dtype=torch.float64)]).double()
+    p = torch.cat([torch.zeros(1), torch.logspace(-6, 0, 400, dtype=torch.float64)])
     drawn = [(e, f"family, exponent {e:g}", 1.0, "#757575") for e in exponents]
     if fit is not None:
         drawn.append(
@@ -318,10 +312,6 @@ def _ratio(accuracy: float, disagreement: float) -> float:
 def _pair(op: str, name: str, found) -> tuple[np.ndarray, np.ndarray]:
     accuracy = checked(found[0], op, f"accuracy of {name!r}", "S", None)
     return accuracy, checked(found[1], op, f"disagreement of {name!r}", "S", len(accuracy))
-
-
-def _look(style: Mapping) -> dict:
-    return {"color": style["color"], "marker": style["marker"]}
 
 
 def _key(colour: str, marker: str, label: str):

@@ -14,7 +14,7 @@ from landscape_fast.landscape._figure import (
     DARK,
     SERIES_COLOURS,
     SERIES_MARKERS,
-    add_title,
+    label_axes,
     legend_below,
     new_figure,
     numbers,
@@ -24,7 +24,6 @@ from landscape_fast.landscape._figure import (
 from landscape_fast.ops._checks import require
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _FEW = 30  # points of a curve that get a marker each
@@ -62,7 +61,7 @@ def path_panels(
     names = list(dict.fromkeys(name for paths in panels.values() for name in paths))
     require(len(names) >= 1, "path_panels", "panels", "of at least one path", "none")
     below = 0.3 * math.ceil((len(names) + bool(levels)) / 3)
-    figure = new_figure(max(4.4 * len(panels), 5.6), 3.5 + below + (0.3 if title else 0))
+    figure = new_figure(max(4.4 * len(panels), 5.6), 3.5 + below, title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     handles = {}
     for axis, (quantity, paths) in zip(axes, panels.items(), strict=True):
@@ -70,14 +69,14 @@ def path_panels(
             x, y = _numbers(positions), _numbers(values)
             rule = "as many values as positions"
             require(len(x) == len(y) >= 1, "path_panels", f"path {name!r}", rule, len(y))
-            handles[name] = _draw(axis, x, y, names.index(name), name)
+            style = {"markersize": 4, "markevery": max(1, len(x) // _FEW), "lw": 1.6}
+            style |= place_style(names.index(name))
+            (handles[name],) = axis.plot(x, y, label=name, **style)
         if levels is not None and quantity in levels:
             style = {"color": DARK, "lw": 1.1, "ls": (0, (1, 2)), "zorder": 1}
             handles[level_name] = axis.axhline(levels[quantity], label=level_name, **style)
-        axis.set(xlabel=xlabel, ylabel=quantity)
-        axis.grid(True)
+        label_axes(axis, xlabel, quantity)
     legend_below(figure, handles.values())
-    add_title(figure, title)
     return figure
 
 
@@ -125,7 +124,7 @@ def simplex_heat_map(
     finite = np.isfinite(values)
     require(finite.any(), op, "values", "finite at one point at least", "none that is")
 
-    figure = new_figure(6.2, 5.0 + (0.3 if title else 0))
+    figure = new_figure(6.2, 5.0, title)
     axis = figure.subplots()
     low, high = float(values[finite].min()), float(values[finite].max())
     levels = np.linspace(low, high if high > low else low + 1e-9, 21)
@@ -147,7 +146,6 @@ def simplex_heat_map(
     axis.set_aspect("equal")
     axis.axis("off")
     axis.set_title(f"largest: {values[best]:.4g}, ringed", fontsize=9)
-    add_title(figure, title)
     return figure
 
 
@@ -189,25 +187,17 @@ def cycle_panels(
         ("distance", len(apart), len(collected) - 1),
     ):
         require(found == wanted, "cycle_panels", argument, f"[{wanted}]", [found])
-    figure = new_figure(7.0, 6.6 + (0.3 if title else 0))
+    figure = new_figure(7.0, 6.6, title)
     rate, errors, distances = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1.4, 1])
     rate.plot(epochs, lr, color=SERIES_COLOURS[0], lw=1.3)
     for at in collected:
         rate.axvline(at, color="#BBBBBB", lw=0.7, zorder=1)
     rate.set_ylabel("learning rate")
-    style = {
-        "color": SERIES_COLOURS[0],
-        "markersize": 9,
-        "markerfacecolor": "none",
-    }  # seen around others
+    # hollow and large, so that it is seen around the others
+    style = {"color": SERIES_COLOURS[0], "markersize": 9, "markerfacecolor": "none"}
     errors.plot(collected, error, SERIES_MARKERS[0], label="collected network", **style)
-    errors.plot(
-        collected,
-        ensemble,
-        f"{SERIES_MARKERS[1]}-",
-        color=SERIES_COLOURS[1],
-        label="ensemble so far",
-    )
+    style = {"color": SERIES_COLOURS[1], "label": "ensemble so far"}
+    errors.plot(collected, ensemble, f"{SERIES_MARKERS[1]}-", **style)
     errors.set_ylabel("test error (%)")
     errors.legend(loc="best", fontsize=9)
     distances.plot(collected[1:], apart, f"{SERIES_MARKERS[2]}-", color=SERIES_COLOURS[2])
@@ -215,22 +205,7 @@ def cycle_panels(
     distances.set(ylabel="distance from\nthe one before", xlabel="epoch", ylim=(0, top))
     for axis in (rate, errors, distances):
         axis.grid(True, axis="y")
-    add_title(figure, title)
     return figure
-
-
-def _draw(axis: Axes, x: np.ndarray, y: np.ndarray, place: int, name: str):
-    """One path; its handle for the legend."""
-    (line,) = axis.plot(
-        x,
-        y,
-        **place_style(place),
-        markersize=4,
-        markevery=max(1, len(x) // _FEW),
-        lw=1.6,
-        label=name,
-    )
-    return line
 
 
 def _numbers(values: Tensor | Sequence[float]) -> np.ndarray:

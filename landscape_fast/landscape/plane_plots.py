@@ -12,7 +12,6 @@ from torch import Tensor
 from landscape_fast.landscape._figure import (
     DARK,
     NO_VALUE,
-    add_title,
     checked,
     legend_below,
     legend_height,
@@ -105,7 +104,7 @@ def plane_panels(
     entries = [method_name(name) for name in (*paths, *clouds)]
     width = 4.4 * columns if columns > 1 else 5.6
     height = lines * (3.2 * shape + 0.8) + legend_height(entries, width) * bool(entries)
-    figure = new_figure(width, height + (0.3 if title else 0))
+    figure = new_figure(width, height, title)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axis, (label, value) in zip(axes.flat, maps.items(), strict=False):
         _filled(axis, (x, y), value, label, (limits or {}).get(label))
@@ -123,7 +122,6 @@ def plane_panels(
             axis.set_ylabel(labels[1])
     if handles:
         legend_below(figure, handles)
-    add_title(figure, title)
     return with_rows(figure, [
         {"x": float(x[j]), "y": float(y[i])} | {k: float(v[i, j]) for k, v in maps.items()}
         for i in range(len(y)) for j in range(len(x))])  # fmt: skip
@@ -180,7 +178,7 @@ def wedge_panels(
     path = None if path is None else checked(path, op, "path", "S", len(angle))
     columns = min(2, len(maps))
     lines = math.ceil(len(maps) / columns)
-    figure = new_figure(5.6 * columns, 4.4 * lines + (0.3 if title else 0))
+    figure = new_figure(5.6 * columns, 4.4 * lines, title)
     figure.get_layout_engine().set(w_pad=0.12)
     polar = {"projection": "polar"}
     axes = figure.subplots(lines, columns, squeeze=False, subplot_kw=polar)
@@ -190,7 +188,7 @@ def wedge_panels(
         _filled(axis, (grid, radius), value, label, (limits or {}).get(label))
         if path is not None:
             axis.plot(angle, path, color="white", lw=3.0)
-            axis.plot(angle, path, color=DARK, lw=1.4, label="path")
+            axis.plot(angle, path, color=DARK, lw=1.4)
         if nodes is not None:
             axis.plot(*nodes.T, "o", color="white", mec=DARK, ms=4.5, clip_on=False)
             for place, name in ((0, "1"), (-1, "2")):
@@ -205,7 +203,6 @@ def wedge_panels(
     for axis in axes.flat[len(maps) :]:
         axis.set_visible(False)
     figure.supxlabel("Angle from the first node (degrees); radius: norm of the weights", fontsize=9)
-    add_title(figure, title)
     return with_rows(figure, [
         {"angle": float(angle[s]), "radius": float(radius[r, s])}
         | {label: float(value[r, s]) for label, value in maps.items()}
@@ -226,7 +223,7 @@ def _filled(axis: Axes, at: tuple, value: np.ndarray, label: str, limits: tuple 
     axis.set_facecolor(NO_VALUE)
     finite = value[np.isfinite(value)]
     low, high = limits or (finite.min(initial=np.inf), finite.max(initial=-np.inf))
-    options, levels, space = {}, None, np.linspace
+    options, space = {}, np.linspace
     if low > 0 and log_worthwhile(np.array([low, high])):
         space = np.geomspace
         high = high if limits else min(high, max(100 * float(np.median(finite)), 2 * low))

@@ -12,7 +12,6 @@ from torch import Tensor
 from landscape_fast.landscape._figure import (
     DARK,
     SERIES_COLOURS,
-    add_title,
     checked,
     label_axes,
     legend_below,
@@ -71,8 +70,8 @@ def tunnel_panels(
     styles = series_styles(name for paths in panels.values() for name in paths)
     nodes = [] if nodes is None else checked(nodes, op, "nodes", "T", None).tolist()
     width = max(4.4 * len(panels), 5.6)
-    height = 3.6 + legend_height([*styles, "nodes"], width) + (0.3 if title else 0)
-    figure = new_figure(width, height)
+    height = 3.6 + legend_height([*styles, "nodes"], width)
+    figure = new_figure(width, height, title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     handles, rows = {}, []
     for axis, (quantity, paths) in zip(axes, panels.items(), strict=True):
@@ -102,7 +101,6 @@ def tunnel_panels(
             )
         label_axes(axis, xlabel, quantity)
     legend_below(figure, [handles[name] for name in [*styles, *(["nodes"] if nodes else [])]])
-    add_title(figure, title)
     return with_rows(figure, rows)
 
 
@@ -127,8 +125,8 @@ def curvature_panel(
 
     Returns:
         A Figure of one or two panels. Axes are logarithmic where all values are positive and far
-        apart, and logarithmic on both sides of zero where some far apart are negative. `rows`:
-        position, eigenvalue_1 to eigenvalue_k, trace, trace_error.
+        apart, and logarithmic on both sides of zero where some are negative and the magnitudes far
+        apart. `rows`: position, eigenvalue_1 to eigenvalue_k, trace, trace_error.
 
     Raises:
         ValueError: if shapes disagree.
@@ -148,7 +146,7 @@ def curvature_panel(
     error = None if trace_error is None else checked(trace_error, op, "trace_error", "S", count)
     require(error is None or trace is not None, op, "trace", "given with trace_error", "none")
     panels = 1 if trace is None else 2
-    figure = new_figure(1.0 + 5.2 * panels, 3.9 + (0.3 if title else 0))
+    figure = new_figure(1.0 + 5.2 * panels, 3.9, title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for k, values in enumerate(eigenvalues.T):
         style = place_style(k) if k < 7 else {"color": "#BDBDBD", "linestyle": "-", "marker": ""}
@@ -166,7 +164,6 @@ def curvature_panel(
             )
             axes[1].legend(fontsize=9)
         label_axes(axes[1], xlabel, "Trace of the Hessian (nats)")
-    add_title(figure, title)
     rows = []
     for s in range(count):
         row = {"position": float(positions[s])}

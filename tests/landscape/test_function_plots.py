@@ -23,7 +23,7 @@ def pairs():
     return 1 - value.fill_diagonal_(0), value
 
 
-def labels(axis, legend):
+def labels(legend):
     return [text.get_text() for text in legend.get_texts()]
 
 
@@ -116,7 +116,7 @@ class TestFunctionMap:
         assert (np.diff(sizes) > 0).all() and axis.collections[1].get_sizes()[0] == sizes[0]
         assert [(t.get_text(), tuple(t.xy)) for t in axis.texts] == [("3", (0, 0)), ("7", (6, 4))]
         assert figure.get_supxlabel() == "ratio 1.9"
-        assert labels(axis, figure.legends[0]) == ["run 3", "run 7"]
+        assert labels(figure.legends[0]) == ["run 3", "run 7"]
 
     def test_samples_are_hollow_squares_in_the_colour_of_their_run(self):
         near = torch.tensor([[0.5, 0], [6.0, 5], [0.1, 0.2]])
@@ -128,7 +128,7 @@ class TestFunctionMap:
         assert (squares.get_edgecolors()[0][:3] == own.get_facecolors()[0][:3]).all()
         assert len(squares.get_facecolors()) == 0
         assert len(squares.get_paths()[0]) == 5  # four corners, closed
-        assert labels(axis, figure.legends[0])[-1] == "Random directions"
+        assert labels(figure.legends[0])[-1] == "Random directions"
 
     def test_rows_are_the_points(self):
         near = torch.tensor([[0.5, 0.25]])
