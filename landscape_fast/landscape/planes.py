@@ -23,7 +23,7 @@ from landscape_fast.ops._checks import require
 
 
 class PlaneMap(NamedTuple):
-    """What was measured on the grid of a plane; on the CPU, float64. Rows of a map go up in y.
+    """What was measured on the grid of a plane; on the CPU, float64. Row i of a map is at y[i].
 
     Attributes:
         x: [W] coordinates along the first axis, in units of weight space.
@@ -80,7 +80,7 @@ def map_plane(
         plane: its origin and axes, [K] each: of `landscape_fast.nn.geometry.plane`, `radial_plane`,
             or any other.
         x_values: [W] coordinates of the grid along the first axis, `y_values` [H] along the second;
-            any numbers, in any order, as a tensor or a list.
+            finite numbers, in any order, as a tensor or a list.
         x: [N, ...] rows.
         y: [N] int64 classes.
         agree_with: A anchors whose classes are compared with those of every point; () for none.
@@ -116,7 +116,7 @@ def map_plane(
     anchors = rows_of(op, "anchors", model, anchors)
     products = gram(anchors).cpu()
     plane = check_plane(op, plane, products, anchors.dtype)
-    x_values, y_values = _axis(op, "x_values", x_values), _axis(op, "y_values", y_values)
+    x_values, y_values = _axis(op, "x_values", "W", x_values), _axis(op, "y_values", "H", y_values)
     v, u = torch.meshgrid(y_values, x_values, indexing="ij")
     coeffs = plane.at(u, v)  # [H, W, K]
     H, W = v.shape
@@ -161,8 +161,8 @@ def radial_map(
         x: [N, ...] rows.
         y: [N] int64 classes.
         points: of the grid along each axis, or (W, H).
-        margin: how far the grid reaches beyond the origin and the optima, as a fraction of the
-            width and height between them.
+        margin: how far the grid reaches beyond all that it covers, as a fraction of the width and
+            height of that.
         around: [T, 2] further points that the grid must cover, for instance a trajectory that
             `project` found; its optima and axes are those of `radial_plane`.
         options: agree_with, keep_logits, label and all of `map_plane`.
@@ -185,9 +185,7 @@ def radial_map(
     op = "radial_map"
     anchors = rows_of(op, "optima", model, optima)
     require(len(anchors) == 2, op, "optima", "two of them", len(anchors))
-    products = gram(anchors).cpu()
-    axes = radial_plane(products)
-    return _around(op, model, anchors, axes, products, x, y, points, margin, around, True, options)
+    return _around(op, model, anchors, radial_plane, x, y, points, margin, around, options)
 
 
 def triangle_map(
@@ -209,7 +207,8 @@ def triangle_map(
         x: [N, ...] rows.
         y: [N] int64 classes.
         points: of the grid along each axis, or (W, H).
-        margin: how far the grid reaches beyond the three, as a fraction of their width and height.
+        margin: how far the grid reaches beyond all that it covers, as a fraction of the width and
+            height of that.
         around: [T, 2] further points that the grid must cover; see `project`.
         options: agree_with ((0, 1, 2) unless given), keep_logits, label and all of `map_plane`.
 
@@ -231,9 +230,8 @@ def triangle_map(
     op = "triangle_map"
     anchors = rows_of(op, "models", model, models)
     require(len(anchors) == 3, op, "models", "three of them", len(anchors))
-    products = gram(anchors).cpu()
-    axes, options = plane(products), {"agree_with": (0, 1, 2)} | options
-    return _around(op, model, anchors, axes, products, x, y, points, margin, around, False, options)
+    options = {"agree_with": (0, 1, 2)} | options
+    return _around(op, model, anchors, plane, x, y, points, margin, around, options)
 
 
 def trajectory_map(
@@ -256,7 +254,8 @@ def trajectory_map(
         x: [N, ...] rows.
         y: [N] int64 classes.
         points: of the grid along each axis, or (W, H).
-        margin: how far the grid reaches beyond the run, as a fraction of its width and height.
+        margin: how far the grid reaches beyond all that it covers, as a fraction of the width and
+            height of that.
         around: [T', 2] further points that the grid must cover; see `project`.
         options: agree_with ((T - 1,) unless given: the end), keep_logits, label and all of
             `map_plane`.
@@ -281,21 +280,20 @@ def trajectory_map(
     anchors = rows_of(op, "snapshots", model, snapshots)
     T = len(anchors)
     require(T >= 3, op, "snapshots", "three of them or more", T)
+    options = {"agree_with": (T - 1,)} | options
+    return _around(op, model, anchors, pca_plane, x, y, points, margin, around, options)
+
+
+def _around(op, model, anchors, spanned, x, y, points, margin, around, options):
+    """The map of a grid that covers the anchors, the plane's (0, 0), and other points."""
     products = gram(anchors).cpu()
-    axes, options = pca_plane(products), {"agree_with": (T - 1,)} | options
-    return _around(op, model, anchors, axes, products, x, y, points, margin, around, False, options)
-
-
-def _around(op, model, anchors, axes, products, x, y, points, margin, around, origin, options):
-    """The map of a grid that covers the anchors, the origin of weight space, and other points."""
-    axes = check_plane(op, axes, products, anchors.dtype)
+    axes = check_plane(op, spanned(products), products, anchors.dtype)
     at = nearest(axes, torch.eye(len(anchors), dtype=torch.float64), products)
-    cover = [at]
+    cover = [at, torch.zeros(1, 2, dtype=torch.float64)]
     if around is not None:
         fits = around.ndim == 2 and around.shape[1] == 2 and bool(around.isfinite().all())
         require(fits, op, "around", "finite numbers [T, 2]", around)
         cover.append(around.double().cpu())
-    cover += [torch.zeros(1, 2, dtype=torch.float64)] if origin else []
     grid = grid_around(torch.cat(cover), points, margin)
     return map_plane(model, anchors, axes, *grid, x, y, **({"label": op} | options))
 
@@ -345,10 +343,8 @@ def filter_normalised_map(
     require(0 < span < math.inf, op, "span", "a finite number above 0", span)
     layout, device = FlatLayout(model), next(model.parameters()).device
     centre = layout.flatten(model if weights is None else weights).to(device)
-    random = [
-        torch.randn(layout.P, generator=torch.Generator().manual_seed(s))
-        for s in (stream_seed(seed, 0, "probe", index) for index in range(2))
-    ]
+    seeds = (stream_seed(seed, 0, "probe", index) for index in range(2))
+    random = [torch.randn(layout.P, generator=torch.Generator().manual_seed(s)) for s in seeds]
     # a pad counts for no filter, so that what is drawn there is of no consequence
     noise = torch.stack(random).to(device, layout.dtype)
     anchors = torch.cat([centre[None], filter_normalised(noise, centre, layout)])
@@ -359,10 +355,8 @@ def filter_normalised_map(
     return map_plane(model, anchors, axes, *grid, x, y, **options)
 
 
-def _axis(op: str, name: str, values: Tensor) -> Tensor:
+def _axis(op: str, name: str, letter: str, values: Tensor) -> Tensor:
     values = torch.as_tensor(values, dtype=torch.float64).cpu()
     fits = values.ndim == 1 and len(values) > 0 and bool(values.isfinite().all())
-    require(
-        fits, op, name, "finite numbers [W]" if name[0] == "x" else "finite numbers [H]", values
-    )
+    require(fits, op, name, f"finite numbers [{letter}]", values)
     return values

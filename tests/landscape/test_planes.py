@@ -115,7 +115,7 @@ def networks(build, count=3):
     return [build().eval() for _ in range(count)]
 
 
-def problem(images=False):
+def problem():
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(40, 1, 6, 6, generator=generator)
     return x, torch.arange(40) % 4
