@@ -78,7 +78,8 @@ def hessian_top_eigenvalues(
 
     Returns:
         `Eigenvalues`. Parameters that need no gradient are held fixed: they have no part in the
-        Hessian. A multiple eigenvalue is found once, unless the products span the whole space.
+        Hessian. A multiple eigenvalue may be found fewer times than it occurs, unless the products
+        span the whole space.
 
     Raises:
         ValueError: if the model is of another dtype than float32 or float64, or k is more than the

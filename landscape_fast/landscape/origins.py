@@ -122,7 +122,8 @@ def init_or_shuffle(
                 network = build_member(build, settings, init, device)
                 options = {"progress": progress, "resume": resume, "stream": order}
                 options["label"] = f"lr {settings.lr:g}, repeat {repeat + 1}/{repeats}, {name}"
-                options["checkpoint"] = _checkpoint(directory, settings.lr, repeat, name)
+                file = f"lr-{settings.lr:g}-repeat-{repeat}-{name}.pt"
+                options["checkpoint"] = None if directory is None else Path(directory) / file
                 options["identity"] = {"init": init, "run": name}
                 fit(network, x, y, settings, **options)
                 return predict(network, test_x)[0].argmax(-1).cpu()
@@ -132,10 +133,6 @@ def init_or_shuffle(
             for name, case in _CASES.items():
                 found[name][place, repeat] = (labels(name, case) != first).double().mean()
     return Origins(torch.tensor(lrs, dtype=torch.float64), accuracy, **found)
-
-
-def _checkpoint(directory: Path | None, lr: float, repeat: int, name: str) -> Path | None:
-    return directory and Path(directory) / f"lr-{lr:g}-repeat-{repeat}-{name}.pt"
 
 
 def cycle_diversity(logits: Tensor) -> CycleDiversity:

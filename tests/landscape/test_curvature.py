@@ -237,7 +237,7 @@ def normed():
     return recalibrate_(network.double(), rows() + 1)
 
 
-def normed_logits(statistics, x):
+def normed_logits(statistics):
     """Batch norm written out, with given statistics or those of the batch."""
 
     def logits(p, x):
@@ -252,11 +252,11 @@ def normed_logits(statistics, x):
 def test_batch_norms_have_constant_statistics_or_those_of_the_batch():
     network, x = normed(), rows()
     norm = network[1]
-    constant = normed_logits((norm.running_mean, norm.running_var), x)
+    constant = normed_logits((norm.running_mean, norm.running_var))
     truth = torch.linalg.eigvalsh(dense(network, constant, x)[0]).flip(0)
     found = hessian_top_eigenvalues(network, x, CLASSES, k=2, **EXACT)
     torch.testing.assert_close(found.values, truth[:2])
-    batch = torch.linalg.eigvalsh(dense(network, normed_logits(None, x), x)[0]).flip(0)
+    batch = torch.linalg.eigvalsh(dense(network, normed_logits(None), x)[0]).flip(0)
     statistics_mode_(network, "batch")
     found = hessian_top_eigenvalues(network, x, CLASSES, k=2, **EXACT)
     torch.testing.assert_close(found.values, batch[:2])
