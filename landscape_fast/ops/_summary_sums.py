@@ -50,8 +50,8 @@ def summary_sums(
         IndexError: if a target is neither a class nor `ignore_index` and the tensors are on the
             CPU; on CUDA all that depends on targets is then NaN, as in `ensemble_summary`.
 
-    Cost: that of `ensemble_summary`. Examples are added in float64, the classes of one (of up to 32
-        where there are fewer than 64 classes) in float32, as in `divergence_sums`.
+    Cost: that of `ensemble_summary`. Examples are added in float64, the classes of one (on a CPU of
+        up to 32 where there are fewer than 64 classes) in float32.
 
     Source: as for `ensemble_summary`.
 

@@ -91,9 +91,10 @@ def test_sums_of_batches_add_up(C, backend):
     logits[1] = logits[0] + 1e-3 * logits[1]
     whole = divergence_sums(logits, KINDS, backend=backend)
     parts = [divergence_sums(x, KINDS, backend=backend) for x in logits.split((64, 160, 96), 1)]
+    rtol = 1e-6 if backend == "cuda" else 1e-14  # there a thread adds its examples in float32
     for kind in KINDS:
         added = sum(part[kind] for part in parts)
-        torch.testing.assert_close(added, whole[kind], rtol=1e-14, atol=0)
+        torch.testing.assert_close(added, whole[kind], rtol=rtol, atol=0)
     assert torch.equal(added, whole["disagreement"])  # counts
 
 
