@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from landscape_fast.metrics.reliability import check_predictions
-from landscape_fast.ops._checks import require, whole
+from landscape_fast.ops._checks import check_tensor, require, whole
 
 
 def _metric() -> type:
@@ -55,9 +55,7 @@ class EnsembleMetric(_metric()):
 
     def check_batch(self, logits: Tensor) -> None:
         """ValueError if a batch [M, N, C] is of another M."""
-        shape = list(logits.shape)
-        rule = f"[M, N, C] with M = {self.members}"
-        require(len(shape) == 3 and shape[0] == self.members, self.op, "logits", rule, shape)
+        check_tensor(self.op, "logits", logits, "M, N, C", (self.members, None, None))
 
 
 class SumsMetric(EnsembleMetric):

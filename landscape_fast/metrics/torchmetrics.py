@@ -150,8 +150,7 @@ class ClasswiseCalibrationError(SumsMetric):
     def update(self, probabilities: Tensor, targets: Tensor) -> None:
         """Adds probabilities [N, C] and targets [N]."""
         check_predictions(self.op, probabilities, targets)
-        shape, rule = list(probabilities.shape), f"[N, C] with C = {self.classes}"
-        require(shape[1] == self.classes, self.op, "probabilities", rule, shape)
+        check_tensor(self.op, "probabilities", probabilities, "N, C", (None, self.classes))
         self.add_to("gaps", classwise_gaps(probabilities.detach(), targets, self.bins))
         self.add_to("examples", len(targets))
 
