@@ -45,10 +45,7 @@ from landscape_fast.methods.swag import Swag
 from landscape_fast.methods.sweep import Sweep, SweepInterrupted, sweep
 from landscape_fast.methods.trainer import fit, gibbs_cross_entropy, predict
 from landscape_fast.methods.trajectories import Trajectories, load_trajectories
-from landscape_fast.methods.tunnels import (
-    Tunnel,
-    find_tunnel,
-)
+from landscape_fast.methods.tunnels import Tunnel, find_tunnel
 
 __all__ = [
     "AnchorAdam",

@@ -101,7 +101,7 @@ class Trajectories(NamedTuple):
 def kept_epochs(directory: str | Path) -> dict[int, dict[int, Path]]:
     """Member to epoch to file, of what a run with `keep_every` has written so far."""
     found: dict[int, dict[int, Path]] = {}
-    for path in sorted(Path(directory).glob("member-*-epoch-*.pt")):
+    for path in Path(directory).glob("member-*-epoch-*.pt"):
         match = _FILE.fullmatch(path.name)
         if match:
             member, epoch = map(int, match.groups())

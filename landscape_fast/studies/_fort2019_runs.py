@@ -20,7 +20,6 @@ from landscape_fast.landscape import (
 )
 from landscape_fast.methods import TrainConfig, find_tunnel, predict, train_deep_ensemble
 from landscape_fast.methods.cyclic import train_csgmcmc
-from landscape_fast.nn.statistics import batch_norms
 from landscape_fast.studies.compare import Problem
 from landscape_fast.studies.presets import EVALUATION_ROWS
 from landscape_fast.studies.run_folder import RunFolder, describe_training, described, open_run
@@ -208,11 +207,7 @@ def dig_tunnel(lab: Lab, run: RunFolder, settings: TunnelSettings) -> TunnelScor
     n, segments = settings.rows, len(tunnel.weights) - 1
     train = data.train_x[:n], data.train_y[:n]
     test = data.test_x[:n], data.test_y[:n]
-    options: dict[str, Any] = {"progress": lab.progress}
-    if batch_norms(start):
-        options["calibration"] = data.train_x[:n]
-    else:
-        options["statistics"] = "none"
+    options: dict[str, Any] = {"progress": lab.progress, "calibration": train[0]}
 
     def measured(rows):
         line = along_path(

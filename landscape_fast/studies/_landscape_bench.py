@@ -64,14 +64,10 @@ class Bench:
         run: the networks.
         settings: sizes.
         scratch: folder for what an interrupted report continues from.
-        progress: show progress.
     """
 
-    def __init__(
-        self, run: RunFolder, settings: ReportSettings, scratch: Path, progress: bool
-    ) -> None:
+    def __init__(self, run: RunFolder, settings: ReportSettings, scratch: Path) -> None:
         self.run, self.settings, self.scratch = run, settings, scratch
-        self.progress = progress
         self.model = copy.deepcopy(run.networks[0]).eval()
         self.layout = FlatLayout(self.model)
         self.device = run.device
@@ -107,7 +103,7 @@ class Bench:
         """
         key = f"{label} {self.settings} {self._identity}"
         file = self.scratch / f"{label.replace(' ', '-')}-{zlib.crc32(key.encode()):08x}.pt"
-        given = {**self.options, "progress": self.progress, "label": label}
+        given = {**self.options, "progress": False, "label": label}
         given |= {"checkpoint": file, "resume": True}
         try:
             return measure(**given)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from landscape_fast.landscape import PlaneMap, project, radial_map
+from landscape_fast.landscape import PlaneMap, curvature_along, project, radial_map
 from landscape_fast.landscape._points import Points, score_points
 from landscape_fast.methods.sweep import exact_accuracy
 from landscape_fast.nn.geometry import Plane, radial_plane
@@ -132,8 +132,6 @@ class Curvature(NamedTuple):
 
 def measure_curvature(bench: Bench) -> Curvature:
     """From the start of run 0 to its solution, and from there to that of run 1."""
-    from landscape_fast.landscape import curvature_along
-
     count = bench.settings.curvature_points
     t = torch.linspace(0, 1, count, dtype=torch.float64)
     lines = {}
@@ -145,7 +143,7 @@ def measure_curvature(bench: Bench) -> Curvature:
     for name, line in lines.items():
         found = curvature_along(
             bench.model, line, count, bench.train.x, bench.train.y, k=1, samples=10,
-            seed=bench.settings.seed, label=f"curvature, {name}", progress=bench.progress,
+            seed=bench.settings.seed, label=f"curvature, {name}", progress=False,
             **bench.options,
         )  # fmt: skip
         top[name], trace[name], errors[name] = found.eigenvalues[:, 0], found.trace, found.trace_se

@@ -80,7 +80,7 @@ def report(
         per_scale + samples) + plane_points^2) over the rows of each part; under shift (2 + ways) *
         R networks for every corruption and severity.
     """
-    bench = Bench(run, settings, Path(out) / SCRATCH, progress=False)
+    bench = Bench(run, settings, Path(out) / SCRATCH)
     stages = _Stages(progress)
     shift.check_corrupted(bench, corrupted)
     images = shift.read_foreign(bench, foreign or {})

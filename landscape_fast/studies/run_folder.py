@@ -68,13 +68,16 @@ class RunFolder:
         return FlatLayout(self.networks[0]).flatten_many(self.networks)
 
     @cached_property
-    def _unit(self) -> Dataset:
-        return dataclasses.replace(self.problem, pixels="unit").load()
+    def _unit(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Test images, and mean and deviation [C] of training images, with pixels in [0, 1]."""
+        unit = self.problem.pixels == "unit"
+        data = self.dataset if unit else dataclasses.replace(self.problem, pixels="unit").load()
+        return data.test_x, *data.channel_statistics()
 
     @property
     def images(self) -> Tensor:
         """[N, C, H, W], the test images with pixels in [0, 1]."""
-        return self._unit.test_x
+        return self._unit[0]
 
     def inputs(self, images: Tensor) -> Tensor:
         """Images with pixels in [0, 1] as the networks are to be given them.
@@ -86,12 +89,8 @@ class RunFolder:
             return images
         if self.problem.pixels == "raw":
             return images * (16.0 if self.problem.data == "digits" else 255.0)
-        mean, std = (s.to(images.device).view(-1, 1, 1) for s in self._statistics)
+        mean, std = (s.to(images.device).view(-1, 1, 1) for s in self._unit[1:])
         return (images - mean) / std
-
-    @cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        return self._unit.channel_statistics()
 
 
 def describe_training(
@@ -116,13 +115,13 @@ def describe_training(
 
 
 @contextmanager
-def described(out: Path, document: dict[str, Any]) -> Iterator[Path]:
+def described(out: Path, document: dict[str, Any]) -> Iterator[None]:
     """Writes `run.json` before a run; puts an older one back if the run is refused."""
     path = out / RUN_FILE
     older = path.read_text(encoding="utf-8") if path.exists() else None
     write_texts(out, {RUN_FILE: to_json(document)})
     try:
-        yield path
+        yield
     except ValueError:
         if older is not None:
             write_texts(out, {RUN_FILE: older})
@@ -226,11 +225,7 @@ def _settings(document, source: Path, root: str | None) -> tuple[Problem, TrainC
     if root is not None:
         given["root"] = str(root)
     try:
-        training = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in document["training"].items()
-        }
-        return Problem(**given), TrainConfig(**training)
+        return Problem(**given), TrainConfig(**document["training"])
     except TypeError as error:
         rule = f"{OP}: {source} must hold settings that this version knows; got {error}"
         raise ValueError(f"{rule}; use the version that trained it") from error

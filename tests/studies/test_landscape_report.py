@@ -58,7 +58,7 @@ def run(folder):
 
 @pytest.fixture(scope="module")
 def bench(run, tmp_path_factory):
-    return Bench(run, TINY, tmp_path_factory.mktemp("scratch"), progress=False)
+    return Bench(run, TINY, tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_accuracies_are_ratios_of_counts(done, bench, run):
 
 def test_samples_need_checkpoints_for_gaussians_alone(bench):
     before = replace(bench.run, trajectories=None)
-    without = Bench(before, TINY, bench.scratch, progress=False)
+    without = Bench(before, TINY, bench.scratch)
     assert without.sampler("diagonal", 0) is without.sampler("low_rank", 0) is None
     assert without.sampler("random", 0) is not None
     late = bench.late_weights(1)
@@ -171,7 +171,7 @@ def test_the_arrays_of_a_folder_are_read(bench, run, tmp_path):
     pytest.importorskip("numpy")
     data.save_c(tmp_path, run.images, run.dataset.test_y, ["contrast"])
     settings = replace(TINY, corruptions=(), severities=(4,))
-    own = Bench(run, settings, bench.scratch, progress=False)
+    own = Bench(run, settings, bench.scratch)
     groups = make_groups(own, {})
     read = measure_shift(own, groups, tmp_path)
     assert read.corruptions == ("contrast",)
@@ -299,7 +299,7 @@ def test_networks_with_norms_get_statistics_of_their_own(tmp_path):
     )  # fmt: skip
     kept = load_trajectories(tmp_path, build())
     run = RunFolder(problem, dataset, config, tuple(trained.model.members), (0, 1), kept)
-    bench = Bench(run, replace(TINY, calibration_rows=500), tmp_path / "scratch", progress=False)
+    bench = Bench(run, replace(TINY, calibration_rows=500), tmp_path / "scratch")
     network = build()
     kept.network(network, 1, 3)  # with the statistics of training
     network.train()(dataset.train_x[:500])
