@@ -43,13 +43,8 @@ def ranking(op: str, name: str, scores: Tensor, mark: str, marks: Tensor) -> Ran
     check_tensor(op, name, scores, "N", (None,))
     require(scores.shape[0] > 0, op, name, "[N] with N at least 1", list(scores.shape))
     check_tensor(op, mark, marks, "N", (scores.shape[0],), dtypes=(torch.bool,))
-    require(
-        marks.device == scores.device,
-        op,
-        mark,
-        f"on the device of {name}, {scores.device}",
-        str(marks.device),
-    )
+    on_device = f"on the device of {name}, {scores.device}"
+    require(marks.device == scores.device, op, mark, on_device, str(marks.device))
     falling, order = (-scores.detach()).sort()
     marks = marks[order]
     marked = torch.cat([marks.new_zeros(1, dtype=torch.int64), marks.cumsum(0)])

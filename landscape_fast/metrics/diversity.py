@@ -147,13 +147,9 @@ def diagnose(logits: Tensor, targets: Tensor) -> Diagnosis:
         divergence of two members: JS 0.2514, KL 2.4219 nats; mutual information 0.2514 nats
         ensemble against mean member: accuracy 100.00% (+25.00%), NLL 0.2904 (-0.2414) nats
     """
-    require(
-        logits.ndim == 3 and logits.shape[0] >= 2 and logits.shape[1] >= 1,
-        "diagnose",
-        "logits",
-        "[M, N, C] with M at least 2 and N at least 1",
-        list(logits.shape),
-    )
+    op, rule = "diagnose", "[M, N, C] with M at least 2 and N at least 1"
+    check_tensor(op, "logits", logits, "M, N, C", (None, None, None))
+    require(logits.shape[0] >= 2 and logits.shape[1] >= 1, op, "logits", rule, list(logits.shape))
     pairs, summary = pair_diversity(logits), ensemble_summary(logits, targets)
     kl = float(off_diagonal_mean(pairwise_divergence(logits, "kl")))
     member, together = float(summary.member_accuracy.mean()), float(summary.accuracy)
