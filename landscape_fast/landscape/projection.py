@@ -131,7 +131,9 @@ def check_plane(op: str, plane: Plane, products: Tensor, dtype: torch.dtype) -> 
     # digits of float64 for a length
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float64).eps ** 0.5)
     axes = torch.stack([plane.u, plane.v])
-    blur = eps * (axes.abs() @ products.diagonal().sqrt()) / lengths(axes, products)
+    share = (plane.v @ products @ plane.u) / (plane.u @ products @ plane.u)
+    apart = torch.stack([plane.u, plane.v - share * plane.u])  # two axes along one line span none
+    blur = eps * (axes.abs() @ products.diagonal().sqrt()) / lengths(apart, products)
     finite = all(bool(value.isfinite().all()) for value in plane)
     rule, remedy = "spanned by anchors", "models on one line, or too close to each other, span none"
     require(finite and bool((blur < _BLURRED).all()), op, "plane", rule, axes.tolist(), remedy)

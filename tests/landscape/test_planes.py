@@ -237,6 +237,10 @@ def line():
             "snapshots must be three of them or more; got 2",
         ),
         (lambda m, a: trajectory_map(m, line(), ROWS, CLASSES), "models on one line"),
+        *(
+            (lambda m, a, v=v: project(a, a, Plane(a[0, :3], torch.eye(3)[0], v)), "span none")
+            for v in (torch.eye(3)[0], torch.tensor([-2.0, 1e-9, 0]))
+        ),
         (
             lambda m, a: triangle_map(m, a, ROWS, CLASSES, agree_with=(3,)),
             "agree_with must be integers from 0 to K - 1 = 2",
