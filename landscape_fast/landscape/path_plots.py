@@ -16,6 +16,7 @@ from landscape_fast.landscape._figure import (
     SERIES_MARKERS,
     label_axes,
     legend_below,
+    legend_height,
     new_figure,
     numbers,
     place_style,
@@ -60,8 +61,9 @@ def path_panels(
     require(len(panels) >= 1, "path_panels", "panels", "of at least one quantity", "none")
     names = list(dict.fromkeys(name for paths in panels.values() for name in paths))
     require(len(names) >= 1, "path_panels", "panels", "of at least one path", "none")
-    below = 0.3 * math.ceil((len(names) + bool(levels)) / 3)
-    figure = new_figure(max(4.4 * len(panels), 5.6), 3.5 + below, title)
+    width = max(4.4 * len(panels), 5.6)
+    entries = [*names, level_name] if levels else names
+    figure = new_figure(width, 3.5 + legend_height(entries, width), title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     handles = {}
     for axis, (quantity, paths) in zip(axes, panels.items(), strict=True):

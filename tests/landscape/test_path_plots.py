@@ -39,6 +39,15 @@ def test_a_level_is_drawn_and_named():
     assert list(level.get_ydata()) == [0.25, 0.25] and legend(figure) == ["line", "alone"]
 
 
+def test_long_names_do_not_take_the_room_of_the_panels():
+    def height(name):
+        figure = path_panels({ERROR: {f"{name} {i}": (T, T) for i in range(9)}})
+        figure.canvas.draw()
+        return figure.axes[0].get_window_extent().height
+
+    assert height("a path that has a long name, as some have") > 0.9 * height("a")
+
+
 @pytest.mark.parametrize(
     ("panels", "match"),
     [
