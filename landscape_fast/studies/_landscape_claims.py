@@ -243,7 +243,7 @@ def judge_ood(found: OodReport | None, reasons: dict[str, str]) -> list[dict[str
     """X6: the order of divergences on images from elsewhere; the value of the worst set."""
     values = {"independent": [], "trajectory": []}
     several = found is not None and found.members > 1
-    ways = mean_js(found) if several else {}
+    ways = mean_elsewhere(found, "js") if several else {}
     lower_end = next((w for w in ("trajectory", "diagonal") if w not in ways), "diagonal")
     if several:
         for upper, lower in (("independent", "trajectory"), ("trajectory", "diagonal")):
@@ -265,11 +265,11 @@ def judge_ood(found: OodReport | None, reasons: dict[str, str]) -> list[dict[str
     ]  # fmt: skip
 
 
-def mean_js(found: OodReport) -> dict[str, dict[str, float]]:
-    """Way to set of images to the divergence, mean over runs."""
+def mean_elsewhere(found: OodReport, score: str) -> dict[str, dict[str, float]]:
+    """Way to set of images to a score, mean over runs."""
     sets = next(iter(found.unknown.values()))
     each = {s: mean_over_runs({g: v[s] for g, v in found.unknown.items()}) for s in sets}
-    return {way: {s: float(each[s][way]["js"]) for s in sets} for way in next(iter(each.values()))}
+    return {way: {s: float(each[s][way][score]) for s in sets} for way in next(iter(each.values()))}
 
 
 def judge_space(radial: Radial | None, starts: Starts | None, norms, runs: int):

@@ -16,7 +16,7 @@ from landscape_fast.landscape import (
     similarity_maps,
     size_curve_panels,
 )
-from landscape_fast.studies._landscape_claims import mean_js
+from landscape_fast.studies._landscape_claims import mean_elsewhere
 from landscape_fast.studies._landscape_measure import Diversity, Likeness, clusters
 from landscape_fast.studies._landscape_shift import SINGLE, Shift, mean_over_runs
 from landscape_fast.studies._landscape_space import Curvature, Radial, Starts
@@ -109,7 +109,7 @@ def shift_figure(found: Shift, name: str):
 
 def ood_figure(found: OodReport, name: str):
     """Divergence and detection by set of images."""
-    js = mean_js(found)
+    js = mean_elsewhere(found, "js")
     sets = list(next(iter(js.values())))
     auroc = mean_auroc(found)
     panels = {

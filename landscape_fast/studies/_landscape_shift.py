@@ -88,14 +88,19 @@ def mean_over_runs(groups: Mapping[str, NamedTuple]) -> dict[str, dict[str, Tens
     return found
 
 
+def _images(bench: Bench) -> tuple[Rows, Tensor]:
+    """The test rows that are corrupted, and their images with pixels in [0, 1]."""
+    rows = bench.test.first(bench.settings.shift_rows)
+    return rows, bench.run.images[rows.index]
+
+
 def measure_shift(bench: Bench, groups: Groups, corrupted: Path | None) -> Shift:
     """Scores by severity; severity 0 are the test images as they are.
 
     Args:
         corrupted: folder of published arrays, one for each corruption; None makes corruptions.
     """
-    rows = bench.test.first(bench.settings.shift_rows)
-    images = bench.run.images[rows.index]
+    rows, images = _images(bench)
     names = bench.settings.corruptions or _all_names(images, corrupted)
     shifts: dict[tuple[str, int], Callable[[], Tensor]] = {
         ("none", 0): lambda: bench.run.inputs(images)
@@ -113,8 +118,7 @@ def measure_shift(bench: Bench, groups: Groups, corrupted: Path | None) -> Shift
 def check_corrupted(bench: Bench, corrupted: Path | None) -> None:
     """Raises unless the folder has arrays of these test images; reads one of them."""
     if corrupted is not None:
-        rows = bench.test.first(bench.settings.shift_rows)
-        images = bench.run.images[rows.index]
+        rows, images = _images(bench)
         name = (bench.settings.corruptions or _all_names(images, corrupted))[0]
         _maker(bench, images, rows, name, bench.settings.severities[0], corrupted)()
 
@@ -156,8 +160,7 @@ def read_foreign(bench: Bench, folders: Mapping[str, Path]) -> dict[str, Tensor]
 
 def measure_ood(bench: Bench, groups: Groups, foreign: Mapping[str, Tensor]) -> OodReport:
     """Divergence and detection on images from elsewhere: stand-ins, and those given."""
-    rows = bench.test.first(bench.settings.shift_rows)
-    images = bench.run.images[rows.index]
+    rows, images = _images(bench)
     about = {"seed": bench.settings.seed, "index": rows.index}
     patches = max(p for p in (1, 2, 4) if all(side % p == 0 for side in images.shape[2:]))
     sets = {
@@ -169,6 +172,4 @@ def measure_ood(bench: Bench, groups: Groups, foreign: Mapping[str, Tensor]) -> 
     unknown = {name: lambda make=make: bench.run.inputs(make()) for name, make in sets.items()}
     known = bench.run.inputs(images)
     places = {name: at for name, at in groups.places.items() if not name.startswith(SINGLE)}
-    return out_of_distribution(
-        groups.networks, known, unknown, places, batch_size=bench.batch_size
-    )
+    return out_of_distribution(groups.networks, known, unknown, places, batch_size=bench.batch_size)

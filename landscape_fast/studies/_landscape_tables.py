@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from landscape_fast.landscape import OodReport, SizeCurve
-from landscape_fast.studies._landscape_claims import mean_js, near_diversity, run_diversity
+from landscape_fast.studies._landscape_claims import mean_elsewhere, near_diversity, run_diversity
 from landscape_fast.studies._landscape_figures import mean_auroc
 from landscape_fast.studies._landscape_measure import Diversity, Samples
 from landscape_fast.studies._landscape_shift import Shift, mean_over_runs
@@ -132,12 +132,13 @@ def foreign_rows(found: OodReport) -> list[dict[str, Any]]:
          "auroc": None, "auroc_mi": None}
         for way, t in known.items()
     ]  # fmt: skip
-    for way, sets in mean_js(found).items():
-        for s, js in sets.items():
-            entropy = mean_over_runs({g: v[s] for g, v in found.unknown.items()})[way]["entropy"]
-            rows.append({"method": way, "data": s, "js": js, "entropy": float(entropy),
-                         "auroc": auroc[way][s], "auroc_mi": by_information[way][s]})  # fmt: skip
-    return rows
+    js, entropy = (mean_elsewhere(found, score) for score in ("js", "entropy"))
+    return rows + [
+        {"method": way, "data": s, "js": js[way][s], "entropy": entropy[way][s],
+         "auroc": auroc[way][s], "auroc_mi": by_information[way][s]}
+        for way, sets in js.items()
+        for s in sets
+    ]  # fmt: skip
 
 
 def start_rows(found: Starts) -> list[dict[str, Any]]:

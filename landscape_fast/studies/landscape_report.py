@@ -76,9 +76,10 @@ def report(
         ValueError: if rows or folders do not fit.
         KeyboardInterrupt: on Ctrl-C; the same call goes on from there.
 
-    Cost: forward passes: of R runs, each with T checkpoints, (R * T + R * ways * (scales *
-        per_scale + samples) + plane_points^2) over the rows of each part; under shift (2 + ways) *
-        R networks for every corruption and severity.
+    Cost: forward passes, about R * (T + W * (scales * per_scale + 2 * samples + 84)) +
+        plane_points^2 over the rows of each part, for R runs with T checkpoints and W ways to
+        sample, whose scales are searched for in 84; under shift R * (2 + (1 + W) * shift_runs)
+        networks for every corruption and severity.
     """
     bench = Bench(run, settings, Path(out) / SCRATCH)
     stages = _Stages(progress)
