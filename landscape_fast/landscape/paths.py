@@ -219,7 +219,8 @@ def wedge_map(
         label=label,
         **options,
     )
-    turns = torch.cat([torch.zeros(1, dtype=torch.float64), _turns(products)]).cumsum(0)
+    between = cosines(products).diagonal(1).arccos()  # nodes that follow each other
+    turns = nn.functional.pad(between.cumsum(0), (1, 0))
     norm = lengths(path, products)
     return WedgeMap(
         _angles(t, turns, products),
@@ -232,11 +233,6 @@ def wedge_map(
         found.agreement.view(2, R, S),
         found.logits.unflatten(0, (R, S)) if keep_logits else None,
     )
-
-
-def _turns(products: Tensor) -> Tensor:
-    """[T - 1], the angles between nodes that follow each other."""
-    return cosines(products).diagonal(1).arccos()
 
 
 def _angles(t: Tensor, turns: Tensor, products: Tensor) -> Tensor:
@@ -252,11 +248,7 @@ def _angles(t: Tensor, turns: Tensor, products: Tensor) -> Tensor:
 
 def _from_chord(coeffs: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
     """Shares [S] of the straight line from the first to the last node, and distances from it."""
-    chord = torch.zeros_like(coeffs[0])
-    chord[-1] += 1
-    chord[0] -= 1
-    from_start = coeffs.clone()
-    from_start[:, 0] -= 1
+    chord, from_start = coeffs[-1] - coeffs[0], coeffs - coeffs[0]
     along = (from_start @ products @ chord) / (chord @ products @ chord)
     nearest = torch.where(along.isfinite(), along, 0)[:, None] * chord
     return along, lengths(from_start - nearest, products)
