@@ -303,8 +303,14 @@ struct KlBlock {
     drop(sums);
   }
 
-  // What was left out of the cross terms of elements [begin, begin + KB): p times what ln p of the
-  // other has below LEAST_LN_P, infinite where that is -inf. The sums in float64 have been begun.
+  // How far below LEAST_LN_P a logit of that row was when build() cut it off there: less than 0, or
+  // it was not.
+  __device__ __forceinline__ float cut_off(float x, const float4& row) const {
+    return (ONLINE ? x - row.x : kl_value(x, row).ln_p) - LEAST_LN_P;
+  }
+
+  // What was left out of the cross terms of elements [begin, begin + KB): p times what was cut off
+  // of the other, infinite where its logit is -inf. The sums in float64 have been begun.
   __device__ __forceinline__ void add_far(int64_t first, int begin, int count) const {
     constexpr int WORDS = S::KB / 32;
     const int thread = int(threadIdx.x), lane = thread % 32;
@@ -314,9 +320,10 @@ struct KlBlock {
       const int k = i % S::KB, e = begin + k;
       if (e >= count) continue;
       const int64_t n = first + e / C();
-      const KlValue value = kl_value(logit(i / S::KB, n, e % C()), stats_at(i / S::KB, n));
-      if (value.ln_p < LEAST_LN_P) atomicOr(columns + k / 32, 1u << k % 32);
-      if (value.p > 0.0f) atomicOr(columns + WORDS + k / 32, 1u << k % 32);
+      const float x = logit(i / S::KB, n, e % C());
+      const float4 row = stats_at(i / S::KB, n);
+      if (cut_off(x, row) < 0) atomicOr(columns + k / 32, 1u << k % 32);
+      if (kl_value(x, row).p > 0.0f) atomicOr(columns + WORDS + k / 32, 1u << k % 32);
     }
     __syncthreads();
     for (int j = thread / 32; j < M(); j += KL_WARPS) {
@@ -325,7 +332,7 @@ struct KlBlock {
         for (unsigned left = columns[word] & columns[WORDS + word]; left; left &= left - 1) {
           const int e = begin + 32 * word + __ffs(int(left)) - 1, c = e % C();
           const int64_t n = first + e / C();
-          const float below = kl_value(logit(j, n, c), stats_at(j, n)).ln_p - LEAST_LN_P;
+          const float below = cut_off(logit(j, n, c), stats_at(j, n));
           if (!(below < 0)) continue;
 #pragma unroll
           for (int w = 0; w < S::WORDS; ++w) {

@@ -136,6 +136,14 @@ def test_kl_of_many_members_far_apart(kernels, shape):
     assert got[0, 4] > 1e5 and got[4, 0].isfinite() and got[0, 9] == inf and (got >= 0).all()
 
 
+@pytest.mark.parametrize("shape", [(10, 3, 40), (10, 3, 600), (70, 2, 40)], ids=str)
+def test_kl_of_many_members_where_one_all_but_rules_a_class_out(kernels, shape):
+    """Nothing else is large here, so that every digit of those terms counts."""
+    logits = torch.randn(shape)
+    logits[1, :, 6] = -500
+    check(kernels.quick(), logits, "kl")
+
+
 @pytest.mark.parametrize("C", [40, 600])
 def test_kl_of_a_member_without_probabilities(kernels, C):
     for value in (inf, nan, -inf):
