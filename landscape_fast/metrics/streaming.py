@@ -120,9 +120,9 @@ class DivergenceAccumulator(_Accumulator):
     """`pairwise_divergence` of M members over any number of batches.
 
     Counts are exact, and so is merging them. Divergences are added in float64; how examples were
-    cut into batches shows only in float64 rounding if the batches hold a multiple of 32 examples,
-    or the logits 64 classes or more, and otherwise in the rounding of float32 sums, about 1e-7 of
-    the value (see `landscape_fast.ops.divergence_sums`).
+    cut into batches shows only in float64 rounding on a CPU if the batches hold a multiple of 32
+    examples, or the logits 64 classes or more, and otherwise in the rounding of float32 sums, about
+    1e-7 of the value (see `landscape_fast.ops.divergence_sums`).
 
     Args:
         kinds: of "js", "kl" and "disagreement", each at most once.
@@ -173,8 +173,8 @@ class DivergenceAccumulator(_Accumulator):
 class SummaryAccumulator(_Accumulator):
     """`ensemble_summary` of M members over any number of batches.
 
-    Numbers of right answers and of examples are exact; all else is added in float64, with the
-    dependence on batches that `DivergenceAccumulator` states.
+    Numbers of right answers and of examples are exact; all else is added in float64, with at most
+    the dependence on batches that `DivergenceAccumulator` states.
 
     Args:
         bins: of the calibration error, in [1, 4096].
