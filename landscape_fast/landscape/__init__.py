@@ -1,4 +1,4 @@
-"""What an ensemble looks like: how its members differ, how its confidence fits, and the figures."""
+"""What ensembles look like: diversity, calibration, planes, paths and curvature; the figures."""
 
 from landscape_fast.landscape.curvature import (
     CurvaturePath,

@@ -121,7 +121,7 @@ def function_map(
         epochs: [S], the epoch of each; their order within the run if None. Later points are
             larger.
         samples: name of a way to sample a subspace to (positions [n, 2], run [n] around whose
-            solution each was drawn); squares in the colour of the run.
+            solution each was drawn); hollow marks in the colour of the run.
         criterion: printed below the figure: what distances say, which such a map does not keep.
         title: heading of the figure.
 

@@ -111,8 +111,8 @@ def test_a_trajectory_map_shows_a_run_along_its_principal_directions():
     assert found.agreement.shape == (1, 3, 4)
 
 
-def networks(build, count=3):
-    return [build().eval() for _ in range(count)]
+def networks(build):
+    return [build().eval() for _ in range(3)]
 
 
 def problem():
