@@ -195,8 +195,8 @@ def _add_study(commands) -> None:
         "study",
         registry.study,
         "repeat a paper's comparison",
-        "Trains all methods of a study several times, prints a table with standard errors and "
-        f"writes it with every run. {'; '.join(lines)}.",
+        "Trains all that a study compares, prints a table and writes it with every run. "
+        f"{'; '.join(lines)}.",
     )
     parser.add_argument("name", choices=registry.STUDIES, metavar="NAME", help="which study")
     parser.add_argument(

@@ -30,8 +30,8 @@ def add_landscape(commands) -> None:
         "--size",
         choices=SIZES,
         default="small",
-        help="smoke: seconds for small networks; small: all measurements (default); paper: as many "
-        "rows, samples and corruptions as the paper, for a GPU",
+        help="smoke: seconds for small networks; small: samples, ensembles and diversity on all "
+        "test rows (default); paper: as many rows, samples and corruptions as the paper, for a GPU",
     )
     parser.add_argument(
         "--root", metavar="DIR", help="folder of the data files, if they have moved since"
