@@ -17,10 +17,10 @@
 
 namespace landscape_fast {
 
-// ONLINE: rows are long, and read once. What they are taken relative to is not their largest logit
-// but the largest of their first ones, whatever they sum to is divided by at the end of each
-// example, and an example where that was too far off is done again. Otherwise the statistics of a
-// group of short rows are made first, and the second read finds the logits in the L2 cache.
+// ONLINE: rows are read once. What they are taken relative to is not their largest logit but the
+// largest of their first ones, whatever they sum to is divided by at the end of each example, and
+// an example where that was too far off is done again. Otherwise the statistics of a group of
+// examples are made first, and the second read finds short rows in the L2 cache.
 template <int MEMBERS, bool ONLINE>
 struct KlBlock {
   using S = KlShape<MEMBERS>;

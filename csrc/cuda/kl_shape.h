@@ -10,8 +10,8 @@ namespace landscape_fast {
 constexpr int KL_THREADS = 256, KL_WARPS = KL_THREADS / 32;
 constexpr int OWN = 8;            // members of a thread
 constexpr int STEPS_OF_SUM = 32;  // steps that are added in float32
-// Scales that keep the low parts normal, and what L' may be then: below LEAST_LN_P, ln p takes
-// another path (add_far).
+// Scales that keep the low parts normal, and what L' may be then: below LEAST_LN_P, ln p (ONLINE: a
+// logit less what its row is taken relative to) takes another path (add_far).
 constexpr int P_BITS = 15;
 constexpr float L_SCALE = 128, LEAST_LN_P = -400;
 constexpr double P_SCALE = 1 << P_BITS, UNSCALE = 1 / (P_SCALE * L_SCALE);

@@ -2,8 +2,9 @@
 // every chunk of examples, here they become divergences, pairs that come out close are summed again
 // from accurate terms, and the chunks are added.
 //
-// Bytes, for logits of 4: rows of 512 classes on are read from HBM once, 4 M N C; shorter ones too,
-// the second time from L2, since a group of examples is at most 96 KiB. The cross terms are at most
+// Bytes, for logits of 4: rows of 512 to 16384 classes, and any of more than 64 members, are read
+// once, 4 M N C. Shorter ones come from HBM once too, the second time from L2, since a group of
+// examples is at most 96 KiB, or one; longer ones come twice. The cross terms are at most
 // 264 * 8 * 128^2 bytes.
 #include "cuda/pairwise_divergence_kl.h"
 

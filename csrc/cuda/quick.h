@@ -1,5 +1,6 @@
-// Exponential and logarithm by the special function unit, where a kernel is bound by instructions
-// and its comment says what the error does to the result. On the CPU the accurate ones of math.h.
+// Exponentials and a logarithm that take fewer instructions than those of math.h. *_quick is by the
+// special function unit (on the CPU the accurate one), where a kernel is bound by instructions and
+// its comment says what the error does to the result.
 #pragma once
 
 #include "cuda/launch.h"

@@ -95,8 +95,8 @@ def corrupt(
     gives the pixels of libjpeg, motion blur follows the rule of ImageMagick, a texture replaces the
     photographs of frost, and outlines of water drops are found without OpenCV. Distances from the
     clean image rise with severity, except where the parameters trade one change for another:
-    elastic_transform, frost, glass_blur, saturate (1 and 2 take colour away, 3 to 5 add some) and
-    spatter (water to 3, then mud).
+    elastic_transform, frost, glass_blur, motion_blur (3 and 4 are all but the same), saturate (1
+    and 2 take colour away, 3 to 5 add some) and spatter (water to 3, then mud).
 
     Example:
         >>> x = torch.full((2, 3, 32, 32), 0.5)

@@ -15,7 +15,7 @@ GREY = tuple(name for name in CORRUPTIONS if name != "saturate")
 # the authors' parameters trade one change for another there. Each chain must rise.
 CHAINS = {
     "glass_blur": ((1, 4), (3, 5)),  # a stronger blur, or each pixel moved twice
-    "motion_blur": ((1, 2, 3, 5), (1, 2, 4, 5)),  # 3 and 4 differ in weights below 1e-3
+    "motion_blur": ((1, 2, 3, 5), (1, 2, 4, 5)),  # 3 and 4 differ in weights below 1e-7
     "frost": ((1, 2, 3),),  # then the image is darkened more
     "elastic_transform": ((5, 4, 3, 2, 1),),  # the affine map shrinks, finer displacements grow
     "spatter": ((1, 2, 3), (4, 5)),  # water, mud
