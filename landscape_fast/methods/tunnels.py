@@ -226,7 +226,7 @@ class _TunnelRun(TogetherRun):
         for optimizer, module, at in self._parts(levels):
             named = {n: p for n, p in module.named_parameters() if n in self.wall.normal}
             self.hooks += [
-                optimizer.register_step_pre_hook(self._gradients(named, len(at))),
+                optimizer.register_step_pre_hook(self._gradients(named)),
                 optimizer.register_step_post_hook(self._weights(named, at)),
             ]
 
@@ -236,10 +236,9 @@ class _TunnelRun(TogetherRun):
             return [(self.engine.optimizer, self.engine.module.model, levels)]
         return zip(self.engine.optimizers, self.engine.module, levels.split(1), strict=True)
 
-    def _gradients(self, named: dict[str, nn.Parameter], nodes: int) -> Callable:
+    def _gradients(self, named: dict[str, nn.Parameter]) -> Callable:
         def project(optimizer, args, kwargs) -> None:
-            given = {n: p.grad for n, p in named.items()}
-            rows = self._rows(given, nodes)
+            rows = self._rows({n: p.grad for n, p in named.items()})
             self.wall.shift_(rows, -self.wall.along(rows))
 
         return project
@@ -247,12 +246,12 @@ class _TunnelRun(TogetherRun):
     def _weights(self, named: dict[str, nn.Parameter], levels: Tensor) -> Callable:
         def project(optimizer, args, kwargs) -> None:
             with torch.no_grad():
-                rows = self._rows({n: p.detach() for n, p in named.items()}, len(levels))
+                rows = self._rows({n: p.detach() for n, p in named.items()})
                 self.wall.shift_(rows, levels - self.wall.along(rows))
 
         return project
 
-    def _rows(self, tensors: dict[str, Tensor | None], nodes: int) -> dict[str, Tensor | None]:
+    def _rows(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Views [M, ...]: in a loop every network has tensors of its own."""
         if self.engine.way == "batched":
             return tensors

@@ -272,7 +272,7 @@ def mean_elsewhere(found: OodReport, score: str) -> dict[str, dict[str, float]]:
     return {way: {s: float(each[s][way][score]) for s in sets} for way in next(iter(each.values()))}
 
 
-def judge_space(radial: Radial | None, starts: Starts | None, norms, runs: int):
+def judge_space(radial: Radial | None, starts: Starts | None, norms: Tensor):
     """X7 and F30: the plane between two solutions, norms, and the way from the start."""
     middle, same, sides = [], [], []
     if radial is not None:

@@ -95,7 +95,7 @@ def report(
         "settings": asdict(settings),
         "runs": {"members": list(run.members), "epochs": list(bench.epochs)},
         "claims": judged,
-        "tables": _tables(bench, found)
+        "tables": _tables(found)
         | {name: list(given[0]) for part in more for name, given in part.tables.items()},
         "left_out": found["reasons"],
         "notes": [*_notes(bench, found), *(note for part in more for note in part.notes)],
@@ -168,12 +168,12 @@ def _judge(bench: Bench, found: dict[str, Any]) -> dict[str, list[dict[str, Any]
         "corruption": claims.judge_shift(found["shift"], SAMPLED, found["reasons"]),
         "images from elsewhere": claims.judge_ood(found["ood"], found["reasons"]),
         "planes and paths": claims.judge_space(
-            found["radial"], found["starts"], found["likeness"].norms, bench.R
+            found["radial"], found["starts"], found["likeness"].norms
         ),
     }
 
 
-def _tables(bench: Bench, found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _tables(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     made = {
         "ensembles": tables.variant_rows(found["sizes"], found["samples"]),
         "samples": tables.sample_rows(found["samples"]),
